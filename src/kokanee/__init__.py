@@ -1,0 +1,1 @@
+"""Kokanee: detailed, accurate captions of what a video shows and what it sounds like."""

@@ -1,0 +1,105 @@
+"""LoRA adapters: folders written by peft, in the authors' names of weights or in ours, loaded strictly and merged."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+from kokanee.errors import KokaneeError
+from kokanee.model import Kokanee
+from kokanee.published import our_key
+from kokanee.weights import listed, read_json, read_tensors, stored_shapes, weight_files
+
+ADAPTER_CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+LORA_KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_[A-Z]\.weight|lora_magnitude_vector(?:\.weight)?)")
+LORA_FIELDS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "use_dora",
+    "fan_in_fan_out",
+    "rank_pattern",
+    "alpha_pattern",
+)
+FULLY_TRAINED = ("visual.merger", "audio.qformer", "audio.projection")
+"""Modules that the published recipe trains whole, beside the adapter."""
+
+
+def load_adapter(model: Kokanee, folder: str | Path, *, trained: bool = False) -> PeftModel:
+    """Put the LoRA adapter in `folder` onto `model`; its weights are trained further if `trained`.
+
+    Takes adapters saved from Kokanee and from the authors' code, also with the modules that their recipe trains whole.
+    Every stored weight is used and every weight of the adapter is found, or `KokaneeError` names those that are not.
+    """
+    folder = Path(folder)
+    settings = read_json(folder / ADAPTER_CONFIG)
+    if settings.get("peft_type", "LORA") != "LORA" or settings.get("bias", "none") != "none":
+        raise KokaneeError(
+            f"{folder} is an adapter of type {settings.get('peft_type')} with bias {settings.get('bias')}. "
+            "Kokanee loads LoRA adapters without biases."
+        )
+    files = weight_files(folder, "adapter_model")
+    names = {key: our_adapter_key(key) for key in stored_shapes(files)}
+    config = LoraConfig(**{field: settings[field] for field in LORA_FIELDS if settings.get(field) is not None})
+    modules = sorted({match["module"] for name in names.values() if (match := LORA_KEY.fullmatch(name))})
+    whole = [module for module in FULLY_TRAINED if any(name.startswith(f"{module}.") for name in names.values())]
+    known = dict(model.named_modules())
+    absent = [module for module in modules if module not in known]
+    if absent or not modules:
+        raise KokaneeError(
+            f"{folder} adapts modules that this model has not ({listed(absent)}). Give the base that it was trained on."
+        )
+    config.target_modules = modules
+    config.modules_to_save = whole or None
+    adapted = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    expected = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(adapted).items()}
+    stored = {PREFIX + names[key]: tensor for key, tensor in read_tensors(files, set(names)).items()}
+    problems = differences(expected, {key: tuple(value.shape) for key, value in stored.items()})
+    if problems:
+        adapted.unload()
+        raise KokaneeError(f"{folder} does not fit this model: {'; '.join(problems)}. Give the base it was trained on.")
+    set_peft_model_state_dict(adapted, stored)
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name or ".modules_to_save." in name:
+            weight.requires_grad_(trained)
+    return adapted
+
+
+def our_adapter_key(key: str) -> str:
+    """Our name, without peft's prefix, of a stored adapter weight. Raises `KokaneeError` for a foreign one."""
+    bare = key.removeprefix(PREFIX)
+    if bare.startswith(("language_model.", "visual.", "audio.encoder.", "audio.projection.", "audio.qformer.encoder.")):
+        return bare
+    if match := LORA_KEY.fullmatch(bare):
+        module = our_key(f"{match['module']}.weight")
+        return f"{module.removesuffix('.weight')}.{match['part']}" if module else bare
+    return our_key(bare) or bare
+
+
+def differences(expected: dict[str, Any], stored: dict[str, Any]) -> list[str]:
+    """What is missing, left over or of another shape, as readable phrases."""
+    missing, extra = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
+    wrong = [
+        f"{key} is {stored[key]}, not {expected[key]}"
+        for key in stored
+        if key in expected and stored[key] != expected[key]
+    ]
+    phrases = ((missing, "it lacks"), (extra, "there is no place for"), (wrong, "of another shape:"))
+    return [f"{phrase} {listed(names)}" for names, phrase in phrases if names]
+
+
+def merge(adapted: PeftModel) -> Kokanee:
+    """The model with the adapter added into its weights; raises `KokaneeError` if that gives numbers that are not finite."""
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise KokaneeError(
+            f"The adapter cannot be merged ({error}). It is broken: train or download it again."
+        ) from error
+    assert isinstance(merged, Kokanee)
+    return merged.eval()

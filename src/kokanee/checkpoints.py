@@ -1,0 +1,303 @@
+"""Checkpoints: Kokanee's own folders, the authors' video-SALMONN 2+ folders, hub names, adapters, and fresh bases.
+
+Own folder: config.json, generation_config.json, model.safetensors (or shards with an index), processor.json and the
+tokenizer's files. Everything is loaded strictly: each stored weight is used or named as left out, each weight of the
+model is found or named as missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.resources
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from kokanee import published
+from kokanee.adapters import ADAPTER_CONFIG, load_adapter, merge
+from kokanee.base import make_base
+from kokanee.errors import KokaneeError
+from kokanee.model import Kokanee, KokaneeConfig
+from kokanee.processor import Processor
+from kokanee.weights import (
+    Device,
+    check_keys,
+    empty_model,
+    fill,
+    finish,
+    listed,
+    placed,
+    read_json,
+    read_tensors,
+    stored_shapes,
+    stored_type,
+    weight_files,
+)
+
+__all__ = ["assemble", "convert", "load", "load_adapter", "locate", "merge", "save"]
+
+CONFIG = "config.json"
+EMBEDDED = "nano"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+DOWNLOADED = ["*.safetensors", "*.json", "*.txt"]
+Layout = Literal["kokanee", "salmonn2plus", "adapter"]
+Type = torch.dtype | str | None
+
+
+def load(
+    name_or_folder: str | Path,
+    *,
+    dtype: Type = None,
+    device: Device = "cpu",
+    base: str | Path | None = None,
+    attention: str = "sdpa",
+    **processor_settings: Any,
+) -> tuple[Kokanee, Processor]:
+    """The model (in evaluation mode) and the processor of a checkpoint.
+
+    `name_or_folder`: "nano", a Kokanee folder, a folder in the authors' video-SALMONN 2+ layout, a folder with a LoRA
+    adapter (merged into `base`, or into the base that it names), or the name of any of these on the Hugging Face hub.
+    `dtype`: "bfloat16", torch.float32, ...; None keeps the stored type. `device`: one, "auto" to spread the model over
+    all accelerators, or a map from beginnings of names to devices. `processor_settings` replace single settings of
+    the processor. Raises `KokaneeError` for anything else, saying what was found.
+    """
+    folder = locate(name_or_folder)
+    layout = identify(folder)
+    if layout == "adapter":
+        model, processor = load(
+            base or named_base(folder), dtype=dtype, device=device, attention=attention, **processor_settings
+        )
+        return merge(load_adapter(model, folder)), processor
+    if base is not None:
+        raise KokaneeError(f"{folder} is a whole model, not an adapter, so it needs no base. Leave `base` out.")
+    processor = Processor.from_pretrained(folder, **processor_settings)
+    config = KokaneeConfig.from_pretrained(folder) if layout == "kokanee" else theirs(folder)
+    model = load_weights(folder, config, layout, as_type(dtype), device, attention)
+    check_tokens(model.config, processor)
+    return model, processor
+
+
+def locate(name_or_folder: str | Path) -> Path:
+    """The folder of a checkpoint: itself, the embedded "nano", or a download of a hub name. Else `KokaneeError`."""
+    if str(name_or_folder) == EMBEDDED:
+        return Path(str(importlib.resources.files("kokanee"))) / EMBEDDED
+    folder = Path(name_or_folder).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file() or not HUB_NAME.fullmatch(str(name_or_folder)):
+        kind = "a file" if folder.is_file() else "not a folder here"
+        raise KokaneeError(
+            f"{name_or_folder} is {kind}, and no name of a model. Give a checkpoint's folder, '{EMBEDDED}', or a hub name "
+            "such as tsinghua-ee/video-SALMONN2_plus_7B_full."
+        )
+    try:
+        found = snapshot_download(str(name_or_folder), allow_patterns=DOWNLOADED, ignore_patterns=["*.fp32*", "*/*"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise KokaneeError(
+            f"There is no folder {name_or_folder}, and the hub did not give a model of this name ({reason}). "
+            "Check the name and the connection, or download the checkpoint elsewhere and give its folder."
+        ) from error
+    return Path(found)
+
+
+def identify(folder: Path) -> Layout:
+    """Which layout `folder` has. Raises `KokaneeError`, saying what was found, for one that cannot be loaded."""
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
+        return "adapter"
+    config = read_json(folder / CONFIG)
+    kind, architectures = config.get("model_type"), config.get("architectures") or []
+    if kind == KokaneeConfig.model_type:
+        return "kokanee"
+    if published.ARCHITECTURE in architectures or (kind == "qwen2_5_vl" and config.get("audio_config")):
+        return "salmonn2plus"
+    found = f"{folder} holds a model of type {kind!r}, architectures {architectures}"
+    if set(architectures) & set(published.FIRST_PAPER_ARCHITECTURES) or "mm_vision_tower" in config:
+        raise KokaneeError(
+            f"{found}: the first video-SALMONN 2, built on LLaVA-OneVision. Kokanee cannot load it yet. "
+            "Use a video-SALMONN 2+ checkpoint, such as tsinghua-ee/video-SALMONN2_plus_7B_full."
+        )
+    if kind == "qwen2_5_vl":
+        raise KokaneeError(
+            f"{found}: a Qwen2.5-VL that cannot hear. Join it with a Whisper encoder first, with checkpoints.assemble."
+        )
+    with contextlib.suppress(KokaneeError):
+        found += f", weights {listed(sorted(stored_shapes(weight_files(folder))))}"
+    raise KokaneeError(f"{found}. Give a Kokanee folder or a video-SALMONN 2+ checkpoint.")
+
+
+def named_base(folder: Path) -> str:
+    """The base that an adapter's config names, if it can be found from here. Else `KokaneeError`."""
+    name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
+    if name and (Path(name).is_dir() or HUB_NAME.fullmatch(name)):
+        return name
+    raise KokaneeError(
+        f"{folder} is an adapter alone, and its base ({name or 'not named'}) is not here. Give `base`: the model that it "
+        "was trained on, for published adapters the audio-aligned one, such as tsinghua-ee/video_SALMONN2plus_72B_audioAlign."
+    )
+
+
+def theirs(folder: Path) -> KokaneeConfig:
+    """The config of a folder in the authors' layout."""
+    return published.kokanee_config(read_json(folder / CONFIG))
+
+
+def as_type(dtype: Type) -> torch.dtype | None:
+    """A torch type from itself, its name, or None. Raises `KokaneeError` for anything else."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found is None and dtype in (None, "auto"):
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise KokaneeError(f"{dtype} is no type for weights. Give 'bfloat16', 'float32' or 'float16'.")
+    return found
+
+
+def load_weights(
+    folder: Path,
+    config: KokaneeConfig,
+    layout: Layout,
+    dtype: torch.dtype | None,
+    device: Device,
+    attention: str,
+) -> Kokanee:
+    """Build the model of `config` and fill it from `folder`, strictly and without a second copy in memory."""
+    files = weight_files(folder)
+    dtype = dtype or stored_type(files)
+    config._attn_implementation = attention
+    config.dtype = dtype
+    model = empty_model(config)
+    stored = stored_shapes(files)
+    expected = expected_shapes(model)
+    tied = config.tie_word_embeddings and "lm_head.weight" in stored
+    if tied:
+        check_tied(files, "lm_head.weight", embedding_key(stored))
+    places = placed(model, device, dtype)
+    names = check_keys(
+        expected,
+        stored,
+        rename=published.our_key if layout == "salmonn2plus" else str,
+        dropped=lambda key: key in published.DROPPED or (tied and key == "lm_head.weight"),
+        what=str(folder),
+    )
+    fill(model, files, names, dtype, places)
+    model.generation_config = generation_config(folder, model)
+    return finish(model, places)
+
+
+def expected_shapes(model: Kokanee) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight that a checkpoint must hold; a tied lm_head is not one of them."""
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+
+
+def embedding_key(stored: dict[str, Any]) -> str:
+    """The stored name of the word embeddings, whatever the layout."""
+    return next((key for key in stored if key.endswith("embed_tokens.weight")), "")
+
+
+def check_tied(files: list[Path], head: str, embedding: str) -> None:
+    """Raise `KokaneeError` if a stored lm_head differs from the word embeddings that the config ties it to."""
+    found = read_tensors(files, {head, embedding})
+    if embedding in found and not torch.equal(found[head], found[embedding]):
+        raise KokaneeError(
+            f"The config ties lm_head to the word embeddings, but the stored {head} differs from {embedding}. "
+            'Set "tie_word_embeddings": false in config.json if the stored lm_head is meant.'
+        )
+
+
+def generation_config(folder: Path, model: Kokanee) -> GenerationConfig:
+    """Ids from the folder's generation_config.json, or from the config; decoding settings are the caller's."""
+    path = folder / "generation_config.json"
+    stored = read_json(path) if path.is_file() else {}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return GenerationConfig(**{name: stored.get(name, getattr(model.config, name)) for name in names})
+
+
+def check_tokens(config: KokaneeConfig, processor: Processor) -> None:
+    """Raise `KokaneeError` where the processor would prepare what the model does not expect."""
+    rules, settings = processor.rules, processor.config
+    pairs = {
+        "the image token": (rules.image_id, config.image_token_id),
+        "the video token": (rules.video_id, config.video_token_id),
+        "the audio token": (rules.audio_id, config.audio_token_id),
+        "patch_size": (settings.patch_size, config.vision_config.patch_size),
+        "temporal_patch_size": (settings.temporal_patch_size, config.vision_config.temporal_patch_size),
+        "merge_size": (settings.merge_size, config.vision_config.spatial_merge_size),
+        "n_mels": (settings.n_mels, config.audio_config.num_mel_bins),
+        "audio tokens per chunk": (settings.tokens_per_chunk, config.audio_tokens_per_chunk),
+    }
+    differing = [f"{name} is {ours}, the model has {its}" for name, (ours, its) in pairs.items() if ours != its]
+    if differing:
+        raise KokaneeError(
+            f"The processor does not belong to this model: {'; '.join(differing)}. "
+            "Give the model's own tokenizer and processor.json."
+        )
+
+
+def save(model: Kokanee, processor: Processor, folder: str | Path) -> Path:
+    """Write a Kokanee folder; a finished one appears at once or not at all. An older checkpoint there is replaced.
+
+    Raises `KokaneeError` for a model with an unmerged adapter, and for a folder that holds something else.
+    """
+    if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
+        raise KokaneeError("The model has an adapter that is not merged. Call checkpoints.merge first.")
+    with replaced(Path(folder)) as unfinished, silent():
+        model.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, which takes its place when the block ends without an error."""
+    if folder.exists() and not (folder / CONFIG).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise KokaneeError(f"{folder} exists and is no checkpoint. Choose another place, or remove it first.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    unfinished, old = work / "new", work / "old"
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        if folder.exists():
+            folder.rename(old)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """transformers without its progress bars: a library does not write to the terminal."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def convert(source: str | Path, folder: str | Path, *, dtype: Type = None, base: str | Path | None = None) -> Path:
+    """Write any checkpoint that `load` takes as a Kokanee folder."""
+    return save(*load(source, dtype=dtype, base=base), folder)
+
+
+def assemble(
+    qwen: str | Path, whisper: str | Path, folder: str | Path, *, dtype: Type = None, seed: int = 0, **sizes: Any
+) -> Path:
+    """Write an audio-ready base of a Qwen2.5-VL and a Whisper (folders or hub names) with a fresh Q-Former.
+
+    `sizes` are `qformer`, `n_queries`, `window_s` and `stride_s` of `base.make_base`; left out, they are the published.
+    """
+    model, processor = make_base(locate(qwen), locate(whisper), dtype=as_type(dtype), seed=seed, **sizes)
+    check_tokens(model.config, processor)
+    return save(model, processor, folder)

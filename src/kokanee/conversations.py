@@ -1,0 +1,173 @@
+"""The language stages: clips, each with a caption and questions about it, packed behind one prompt.
+
+What a caption tells is what an annotator tells (or, for a share of the clips, everything); the answers to questions are
+exact. The encoders are frozen, so their output comes from a store (`features.py`); the audio aligner runs here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+from torch.nn import functional
+
+from kokanee.features import Features, read_store
+from kokanee.layout import Block
+from kokanee.model import Kokanee
+from kokanee.prefix import IGNORED, branch_mask, collate_packed, pack
+from kokanee.processor import Processor, Turn
+from kokanee.world.annotators import Bias, annotate
+from kokanee.world.facts import exact, only
+from kokanee.world.language import write
+from kokanee.world.questions import CAPTION_PROMPTS, Question, ask
+from kokanee.world.scene import Scene, Split, sample_scene
+
+Batch = dict[str, torch.Tensor]
+Media = Literal["both", "seen", "heard", "text"]
+SOUND_KINDS = ("sound", "sound count", "pitch", "sync")
+CAPTION, ANSWER = 1, 2
+
+
+class Mix(BaseModel):
+    """What the samples of a language stage are made of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    train: str = Field(description="folder with the features of training clips")
+    validation: str = Field(description="folder with the features of validation clips")
+    seed: int = Field(0, description="the world's seed, as in the stores")
+    both: float = Field(0.0, ge=0, description="weight of clips shown with their sound")
+    seen: float = Field(0.0, ge=0, description="weight of clips shown without sound")
+    heard: float = Field(0.0, ge=0, description="weight of sounds alone")
+    text: float = Field(0.0, ge=0, description="weight of captions without any clip")
+    questions: int = Field(4, ge=0, description="questions about each clip")
+    exact: float = Field(0.0, ge=0, le=1, description="share of captions that tell everything, not what an annotator tells")
+    partial: float = Field(0.2, ge=0, le=1, description="share of clips with sound whose caption is asked for one sense only")
+    bias: dict[str, float] = Field(default_factory=dict, description="settings of the annotators, see world/annotators.py")
+
+
+class Conversations(nn.Module):
+    """Cross-entropy on captions and answers."""
+
+    def __init__(self, model: Kokanee, processor: Processor, mix: Mix, seed: int) -> None:
+        super().__init__()
+        self.model, self.processor, self.mix, self.seed = model, processor, mix, seed
+        self.bias = Bias(**mix.bias)
+        merge = processor.config.merge_size
+        self.clips = {split: by_length(read_store(Path(getattr(mix, split)), merge)) for split in ("train", "validation")}
+
+    def batch(self, split: Split, number: int, size: int) -> Batch:
+        """`size` clips of one length with their conversations. Equal arguments give equal batches."""
+        rng = random.Random(f"{self.seed}/{split}/{number}")
+        groups = self.clips[split]
+        clips = rng.choices(rng.choices(groups, [len(group) for group in groups])[0], k=size)
+        samples, videos, audios = [], [], []
+        for clip in clips:
+            kinds = ("both", "seen", "heard", "text")
+            media = rng.choices(kinds, [self.mix.both, self.mix.seen, self.mix.heard, self.mix.text])[0]
+            samples.append(self.sample(sample_scene(split, clip.stretch.index, self.mix.seed), clip, media, rng))
+            videos += [clip.video_ND] if media in ("both", "seen") else []
+            audios += [clip.audio_CSD] if media in ("both", "heard") else []
+        batch = collate_packed([sample for sample, _ in samples], self.processor.pad_id)
+        batch["roles"] = torch.stack(
+            [functional.pad(roles, (0, batch["labels"].shape[1] - len(roles))) for _, roles in samples]
+        )
+        if videos:
+            batch["video_embeds"] = torch.cat(videos)
+        if audios:
+            batch["audio_states"] = torch.cat(audios)
+        return batch
+
+    def sample(self, scene: Scene, clip: Features, media: Media, rng: random.Random) -> tuple[Batch, torch.Tensor]:
+        """One packed sample, and which of its tokens belong to a caption and which to an answer (L,)."""
+        block = block_of(clip, media)
+        said = [self.caption(scene, clip, media, rng)]
+        said += [(asked.text, asked.answer) for asked in self.questions(scene, clip, media, rng)]
+        whole = [
+            self.processor.prepare_ids([Turn("user", question), Turn("assistant", answer)], [block] if block else [])
+            for question, answer in said
+        ]
+        prompt_length = shared_length(whole[0]["input_ids"], self.model.config.vision_end_token_id) if block else 0
+        packed = pack(whole, prompt_length)
+        roles = torch.where(packed["segments"] == 1, CAPTION, ANSWER)
+        return packed, torch.where(packed["labels"] == IGNORED, 0, roles)
+
+    def caption(self, scene: Scene, clip: Features, media: Media, rng: random.Random) -> tuple[str, str]:
+        """A request for a caption and the caption."""
+        events = exact(scene, clip.stretch.start_s, clip.stretch.end_s)
+        sense = "both" if media in ("both", "text") else media
+        asked = sense
+        if media == "both" and rng.random() < self.mix.partial:
+            asked = rng.choice(("seen", "heard"))
+        elif media in ("seen", "heard") and rng.random() < 0.5:
+            asked = "both"
+        told = only(events, asked if sense == "both" else sense)
+        facts = told if rng.random() < self.mix.exact else annotate(told, self.bias, rng)
+        return rng.choice(CAPTION_PROMPTS[asked]), write(facts, rng)
+
+    def questions(self, scene: Scene, clip: Features, media: Media, rng: random.Random) -> list[Question]:
+        """Questions that the given media can answer."""
+        if media in ("heard", "text") or not self.mix.questions:
+            return []
+        wanted = self.mix.questions
+        found = ask(scene, rng, wanted if media == "both" else 3 * wanted, clip.stretch.start_s, clip.stretch.end_s)
+        if media == "seen":
+            found = [asked for asked in found if asked.kind not in SOUND_KINDS and "hear" not in asked.text]
+            found = [asked for asked in found if "sound" not in asked.text]
+        return found[:wanted]
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Mean cross-entropy over all label tokens; the loss of captions and of answers, and the share of answer tokens
+        that come first."""
+        model, media = self.model, {}
+        if "video_embeds" in batch:
+            media["video_embeds"] = batch["video_embeds"].float()
+        if "audio_states" in batch:
+            media["audio_embeds"] = model.audio.align(batch["audio_states"].float()).flatten(0, 1)
+        embeds_BLH = model.embed(batch["input_ids"], **media)
+        hidden_BLD = model.language_model(
+            inputs_embeds=embeds_BLH,
+            attention_mask=branch_mask(batch["segments"]),
+            position_ids=batch["position_ids"],
+            use_cache=False,
+        ).last_hidden_state
+        # A branch's first token comes after the prompt, not after the branch before it; it is never a label.
+        targets_BL = batch["labels"][:, 1:]
+        counted_BL = targets_BL != IGNORED
+        logits_NV = model.lm_head(hidden_BLD[:, :-1][counted_BL])
+        targets_N, roles_N = targets_BL[counted_BL], batch["roles"][:, 1:][counted_BL]
+        losses_N = functional.cross_entropy(logits_NV, targets_N, reduction="none")
+        stats = {"caption": losses_N[roles_N == CAPTION].mean().detach()}
+        if bool((roles_N == ANSWER).any()):
+            stats["answer"] = losses_N[roles_N == ANSWER].mean().detach()
+            right_N = (logits_NV.argmax(-1) == targets_N)[roles_N == ANSWER]
+            stats["answer_tokens"] = 100.0 * right_N.float().mean()
+        return losses_N.mean(), stats
+
+
+def by_length(clips: list[Features]) -> list[list[Features]]:
+    """Clips in groups of equal numbers of visual tokens, so that a batch needs no padding for them."""
+    groups = defaultdict(list)
+    for clip in clips:
+        groups[len(clip.video_ND)].append(clip)
+    return [groups[length] for length in sorted(groups)]
+
+
+def block_of(clip: Features, media: Media) -> Block | None:
+    """The sizes of a clip's media in a prompt."""
+    windows = round(len(clip.audio_CSD) * clip.audio_CSD.shape[1] / 25)
+    if media == "text":
+        return None
+    if media == "heard":
+        return Block("audio", n_audio_tokens=windows)
+    return Block("video", clip.grid_thw, clip.step_s, windows if media == "both" else 0)
+
+
+def shared_length(ids_L: torch.Tensor, media_end_id: int) -> int:
+    """How many tokens every conversation about the same media begins with: all up to the media's end."""
+    return int((ids_L == media_end_id).nonzero()[0]) + 1

@@ -1,0 +1,160 @@
+"""What the frozen encoders make of world clips, computed once and kept on disk.
+
+A store is a folder: `state.json` (what was encoded by which encoders) and shards of safetensors. A shard holds, for each
+of its clips, the visual tokens (float16, all clips' one after another), the Whisper encoder's states (float16) and
+which stretch of which scene the clip is.
+
+Axes: K clips of a shard, N visual tokens, C audio chunks, S encoder states, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from kokanee.errors import KokaneeError
+from kokanee.formats import replaced_file, write_json
+from kokanee.model import Kokanee
+from kokanee.processor import RATE_HZ, Processor
+from kokanee.sampling import length_s, sample_indices, step_seconds
+from kokanee.world.render import frames
+from kokanee.world.scene import SLOT_S, Scene, Split, sample_scene
+from kokanee.world.sound import waveform
+
+FPS = 12.0
+SHARD = 250
+SHORTEST_S = 2.0
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A clip: the scene `index` of a split from `start_s` to `end_s`."""
+
+    index: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class Features:
+    """One clip as the encoders see it: `video_ND`, its grid in patches and seconds a step; `audio_CSD`."""
+
+    stretch: Stretch
+    video_ND: torch.Tensor
+    grid_thw: tuple[int, int, int]
+    step_s: float
+    audio_CSD: torch.Tensor
+
+
+def stretch_of(split: Split, index: int, seed: int, share_cut: float) -> tuple[Scene, Stretch]:
+    """Scene `index` and the stretch that is shown of it: all, or for a share of the scenes an interval of 2 s or more."""
+    scene = sample_scene(split, index, seed)
+    rng = random.Random(f"stretch/{seed}/{split}/{index}")
+    if rng.random() >= share_cut:
+        return scene, Stretch(index, 0.0, scene.duration_s)
+    slots = round(scene.duration_s / SLOT_S)
+    length = rng.randint(round(SHORTEST_S / SLOT_S), slots - 1)
+    start = rng.randint(0, slots - length)
+    return scene, Stretch(index, start * SLOT_S, (start + length) * SLOT_S)
+
+
+@torch.no_grad()
+def encode(model: Kokanee, processor: Processor, scene: Scene, stretch: Stretch) -> Features:
+    """The features of a stretch, from the same frames and samples that a file of it at `FPS` would give."""
+    config, sampling = processor.config, processor.config.sampling
+    n_frames = round((stretch.end_s - stretch.start_s) * FPS)
+    indices = sample_indices(n_frames, FPS, sampling)
+    times_s = stretch.start_s + torch.tensor(indices).numpy() / FPS
+    pixels_PX, grid_thw = processor.pixels(list(frames(scene, times_s, round(config.max_frame_pixels**0.5))))
+    step_s = step_seconds(len(indices), length_s(n_frames, FPS, sampling), sampling)
+    assert step_s is not None, "features are for models that are told the time of a step"
+    wave = waveform(scene)[round(stretch.start_s * RATE_HZ) : round(stretch.end_s * RATE_HZ)]
+    video_ND = model.encode_video(pixels_PX, torch.tensor([grid_thw]))
+    audio_CSD = model.audio.encode(processor.features(wave))
+    return Features(stretch, video_ND.half(), grid_thw, step_s, audio_CSD.half())
+
+
+def fill_store(
+    model: Kokanee,
+    processor: Processor,
+    folder: Path,
+    split: Split,
+    clips: int,
+    seed: int,
+    share_cut: float,
+    part: tuple[int, int] = (0, 1),
+    report: Callable[[int, int], None] | None = None,
+) -> None:
+    """Encode the first `clips` scenes of a split; goes on where it stopped. `part` (k, n): only every n-th shard, from k.
+
+    Raises `KokaneeError` where the folder holds the features of other encoders or settings.
+    """
+    settings = {"encoders": fingerprint(model), "split": split, "clips": clips, "seed": seed, "share_cut": share_cut}
+    known = folder / "state.json"
+    if known.is_file() and json.loads(known.read_text()) != settings:
+        raise KokaneeError(f"{folder} holds features made otherwise ({known.read_text()}). Remove it, or use another.")
+    write_json(known, settings)
+    for shard in range(part[0], -(-clips // SHARD), part[1]):
+        path = shard_path(folder, shard)
+        if not path.is_file():
+            numbers = range(shard * SHARD, min((shard + 1) * SHARD, clips))
+            found = [encode(model, processor, *stretch_of(split, index, seed, share_cut)) for index in numbers]
+            write_shard(path, found)
+        if report is not None:
+            report(min((shard + 1) * SHARD, clips), clips)
+
+
+def write_shard(path: Path, found: list[Features]) -> None:
+    """Write one shard, whole or not at all."""
+    tensors = {
+        "video": torch.cat([features.video_ND for features in found]),
+        "grids": torch.tensor([features.grid_thw for features in found]),
+        "steps_s": torch.tensor([features.step_s for features in found], dtype=torch.float64),
+        "audio": torch.cat([features.audio_CSD for features in found]),
+        "chunks": torch.tensor([len(features.audio_CSD) for features in found]),
+        "index": torch.tensor([features.stretch.index for features in found]),
+        "from_to_s": torch.tensor([(f.stretch.start_s, f.stretch.end_s) for f in found], dtype=torch.float64),
+    }
+    with replaced_file(path) as unfinished:
+        save_file(tensors, unfinished)
+
+
+def read_store(folder: Path, merge_size: int) -> list[Features]:
+    """All clips of a store, their tensors mapped from disk. Raises `KokaneeError` where there is none."""
+    paths = sorted(folder.glob("shard-*.safetensors"))
+    if not paths:
+        raise KokaneeError(f"{folder} holds no features. Make them first.")
+    found = []
+    for path in paths:
+        tensors = load_file(path)
+        grids = [tuple(grid) for grid in tensors["grids"].tolist()]
+        sizes = [t * h * w // merge_size**2 for t, h, w in grids]
+        videos, audios = tensors["video"].split(sizes), tensors["audio"].split(tensors["chunks"].tolist())
+        stretches = zip(tensors["index"].tolist(), tensors["from_to_s"].tolist(), strict=True)
+        for video_ND, grid, step_s, audio_CSD, (index, (start_s, end_s)) in zip(
+            videos, grids, tensors["steps_s"].tolist(), audios, stretches, strict=True
+        ):
+            found.append(Features(Stretch(index, start_s, end_s), video_ND, grid, step_s, audio_CSD))
+    return found
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """Where shard number `shard` lies."""
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+def fingerprint(model: Kokanee) -> str:
+    """A hash of the weights of both encoders."""
+    digest = hashlib.sha256()
+    for part in (model.visual, model.audio.encoder):
+        for name, tensor in sorted(part.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
