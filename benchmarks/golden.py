@@ -1,4 +1,4 @@
-"""A folder of golden numbers from the published video-SALMONN 2+, with the model and the processor of its checkpoint."""
+"""A folder of golden numbers from the published video-SALMONN 2+, with the model and processor of its checkpoint."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from golden import CASES, Golden, Tensors
 
+from golden import CASES, Golden, Tensors
 from kokanee import checkpoints
 from kokanee.layout import audio_shares
 from kokanee.model import Kokanee
@@ -34,7 +34,7 @@ FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class Measured:
-    """One row: the largest absolute difference (or relative to the largest entry), and its limit; limit 0 is equality."""
+    """One row: the largest difference, absolute or relative to the largest entry, and its limit (0: equality)."""
 
     group: str
     quantity: str
@@ -290,7 +290,8 @@ def page(rows: list[Measured], attention: str) -> str:
 {passed} of {len(rows)} quantities agree within their limits. The numbers on the other side were produced once with the
 published code (commit 61faec0; transformers 4.51.3, float32, plain attention) and a tiny model of random weights; they
 are described in `tests/golden/salmonn2plus/README.md`. A part of them is kept with the tests and checked by
-`tests/test_parity.py`. Prompts are compared token by token in `tests/test_prompt.py`, sizes in `tests/test_processor.py`.
+`tests/test_parity.py`. Prompts are compared token by token in `tests/test_prompt.py`, frame and image sizes in
+`tests/test_processor.py`.
 
 Measured with torch {torch.__version__}, transformers {transformers.__version__}, numpy {np.__version__} on
 {platform.machine()}, one thread, float32, attention `{attention}`, by

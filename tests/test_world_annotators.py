@@ -101,7 +101,7 @@ def test_the_same_random_state_gives_the_same_facts():
 
 
 def test_a_probability_outside_0_to_1_is_refused():
-    with pytest.raises(KokaneeError, match="Bias.swapped is 1.5"):
+    with pytest.raises(KokaneeError, match=r"Bias\.swapped is 1\.5"):
         Bias(swapped=1.5)
-    with pytest.raises(KokaneeError, match="Bias.care"):
+    with pytest.raises(KokaneeError, match=r"Bias\.care"):
         Bias(care=-0.1)

@@ -89,7 +89,7 @@ def test_other_settings_are_refused_and_named(tmp_path):
     make(tmp_path, 0, seed=1, **SMALL)
     with pytest.raises(KokaneeError, match="seed: 1 there, 2 now"):
         make(tmp_path, 1, seed=2, **SMALL)
-    with pytest.raises(KokaneeError, match="bias: .*swapped.* there"):
+    with pytest.raises(KokaneeError, match=r"bias: .*swapped.* there"):
         make(tmp_path, 1, seed=1, bias=Bias(swapped=0.5), **SMALL)
     assert names_in(tmp_path) == {"state.json"}
 
@@ -102,7 +102,7 @@ def test_a_folder_with_records_of_unknown_settings_is_refused(tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"split": "dev"}, {"size_px": 33}, {"fps": 0.0}, {"questions": -1}, {"n_clips": -1}])
 def test_settings_that_cannot_be_are_refused(tmp_path, wrong):
-    with pytest.raises(KokaneeError, match="Give|give"):
+    with pytest.raises(KokaneeError, match=r"Give|give"):
         make(tmp_path, **{"n_clips": 1, **wrong})
 
 

@@ -1,1 +1,28 @@
 """Kokanee: detailed, accurate captions of what a video shows and what it sounds like."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kokanee.captioner import Captioner
+
+    __version__: str
+
+__all__ = ["Captioner", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """`Captioner` and `__version__`, when they are first asked for: importing kokanee alone loads no torch."""
+    if name == "Captioner":
+        from kokanee.captioner import Captioner
+
+        return Captioner
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("kokanee")
+        except PackageNotFoundError:
+            return "0+unknown"
+    raise AttributeError(f"module 'kokanee' has no attribute {name!r}")

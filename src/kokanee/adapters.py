@@ -94,7 +94,7 @@ def differences(expected: dict[str, Any], stored: dict[str, Any]) -> list[str]:
 
 
 def merge(adapted: PeftModel) -> Kokanee:
-    """The model with the adapter added into its weights; raises `KokaneeError` if that gives numbers that are not finite."""
+    """The model with the adapter added into its weights. Raises `KokaneeError` if that gives numbers not finite."""
     try:
         merged = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:

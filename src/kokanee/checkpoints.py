@@ -96,8 +96,8 @@ def locate(name_or_folder: str | Path) -> Path:
     if folder.is_file() or not HUB_NAME.fullmatch(str(name_or_folder)):
         kind = "a file" if folder.is_file() else "not a folder here"
         raise KokaneeError(
-            f"{name_or_folder} is {kind}, and no name of a model. Give a checkpoint's folder, '{EMBEDDED}', or a hub name "
-            "such as tsinghua-ee/video-SALMONN2_plus_7B_full."
+            f"{name_or_folder} is {kind}, and no name of a model. Give a checkpoint's folder, '{EMBEDDED}', or a hub "
+            "name such as tsinghua-ee/video-SALMONN2_plus_7B_full."
         )
     try:
         found = snapshot_download(str(name_or_folder), allow_patterns=DOWNLOADED, ignore_patterns=["*.fp32*", "*/*"])
@@ -141,8 +141,9 @@ def named_base(folder: Path) -> str:
     if name and (Path(name).is_dir() or HUB_NAME.fullmatch(name)):
         return name
     raise KokaneeError(
-        f"{folder} is an adapter alone, and its base ({name or 'not named'}) is not here. Give `base`: the model that it "
-        "was trained on, for published adapters the audio-aligned one, such as tsinghua-ee/video_SALMONN2plus_72B_audioAlign."
+        f"{folder} is an adapter alone, and its base ({name or 'not named'}) is not here. Give `base`: the model that "
+        "it was trained on, for published adapters the audio-aligned one, such as "
+        "tsinghua-ee/video_SALMONN2plus_72B_audioAlign."
     )
 
 

@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch.nn import functional
 
 from kokanee.features import Features, read_store
 from kokanee.layout import Block
 from kokanee.model import Kokanee
-from kokanee.prefix import IGNORED, branch_mask, collate_packed, pack
+from kokanee.prefix import IGNORED, Sample, branch_mask, collate_packed, pack
 from kokanee.processor import Processor, Turn
+from kokanee.train import Batch, Objective, Stats
 from kokanee.world.annotators import Bias, annotate
 from kokanee.world.facts import exact, only
 from kokanee.world.language import write
 from kokanee.world.questions import CAPTION_PROMPTS, Question, ask
 from kokanee.world.scene import Scene, Split, sample_scene
 
-Batch = dict[str, torch.Tensor]
 Media = Literal["both", "seen", "heard", "text"]
+MEDIA: tuple[Media, ...] = ("both", "seen", "heard", "text")
 SOUND_KINDS = ("sound", "sound count", "pitch", "sync")
 CAPTION, ANSWER = 1, 2
 
@@ -46,20 +47,36 @@ class Mix(BaseModel):
     heard: float = Field(0.0, ge=0, description="weight of sounds alone")
     text: float = Field(0.0, ge=0, description="weight of captions without any clip")
     questions: int = Field(4, ge=0, description="questions about each clip")
-    exact: float = Field(0.0, ge=0, le=1, description="share of captions that tell everything, not what an annotator tells")
-    partial: float = Field(0.2, ge=0, le=1, description="share of clips with sound whose caption is asked for one sense only")
-    bias: dict[str, float] = Field(default_factory=dict, description="settings of the annotators, see world/annotators.py")
+    exact: float = Field(0.0, ge=0, le=1, description="share of captions that tell everything, as no annotator does")
+    partial: float = Field(0.2, ge=0, le=1, description="share of clips with sound asked about for one sense only")
+    bias: dict[str, float] = Field(default_factory=dict, description="of the annotators, see world/annotators.py")
+
+    @model_validator(mode="after")
+    def _check(self) -> Mix:
+        if not any(self.weights):
+            raise ValueError("both, seen, heard and text are all 0, which leaves no samples")
+        unknown = set(self.bias) - {field.name for field in fields(Bias)}
+        if unknown:
+            raise ValueError(f"bias has no {', '.join(sorted(unknown))}")
+        return self
+
+    @property
+    def weights(self) -> list[float]:
+        """The weights of `MEDIA`."""
+        return [self.both, self.seen, self.heard, self.text]
 
 
-class Conversations(nn.Module):
+class Conversations(Objective):
     """Cross-entropy on captions and answers."""
 
     def __init__(self, model: Kokanee, processor: Processor, mix: Mix, seed: int) -> None:
         super().__init__()
         self.model, self.processor, self.mix, self.seed = model, processor, mix, seed
         self.bias = Bias(**mix.bias)
+        self.idle_parts = bool((mix.both or mix.heard) and (mix.seen or mix.text))
+        stores = {"train": mix.train, "validation": mix.validation}
         merge = processor.config.merge_size
-        self.clips = {split: by_length(read_store(Path(getattr(mix, split)), merge)) for split in ("train", "validation")}
+        self.clips = {split: by_length(read_store(Path(store), merge)) for split, store in stores.items()}
 
     def batch(self, split: Split, number: int, size: int) -> Batch:
         """`size` clips of one length with their conversations. Equal arguments give equal batches."""
@@ -68,12 +85,12 @@ class Conversations(nn.Module):
         clips = rng.choices(rng.choices(groups, [len(group) for group in groups])[0], k=size)
         samples, videos, audios = [], [], []
         for clip in clips:
-            kinds = ("both", "seen", "heard", "text")
-            media = rng.choices(kinds, [self.mix.both, self.mix.seen, self.mix.heard, self.mix.text])[0]
+            media = rng.choices(MEDIA, self.mix.weights)[0]
             samples.append(self.sample(sample_scene(split, clip.stretch.index, self.mix.seed), clip, media, rng))
             videos += [clip.video_ND] if media in ("both", "seen") else []
             audios += [clip.audio_CSD] if media in ("both", "heard") else []
         batch = collate_packed([sample for sample, _ in samples], self.processor.pad_id)
+        batch["sample"] = torch.tensor([clip.stretch.index for clip in clips])
         batch["roles"] = torch.stack(
             [functional.pad(roles, (0, batch["labels"].shape[1] - len(roles))) for _, roles in samples]
         )
@@ -83,14 +100,14 @@ class Conversations(nn.Module):
             batch["audio_states"] = torch.cat(audios)
         return batch
 
-    def sample(self, scene: Scene, clip: Features, media: Media, rng: random.Random) -> tuple[Batch, torch.Tensor]:
+    def sample(self, scene: Scene, clip: Features, media: Media, rng: random.Random) -> tuple[Sample, torch.Tensor]:
         """One packed sample, and which of its tokens belong to a caption and which to an answer (L,)."""
-        block = block_of(clip, media)
+        block = block_of(clip, media, len(clip.audio_CSD) * self.model.config.audio_tokens_per_chunk)
         said = [self.caption(scene, clip, media, rng)]
         said += [(asked.text, asked.answer) for asked in self.questions(scene, clip, media, rng)]
         whole = [
-            self.processor.prepare_ids([Turn("user", question), Turn("assistant", answer)], [block] if block else [])
-            for question, answer in said
+            self.processor.prepare_ids([Turn("user", asked), Turn("assistant", told)], [block] if block else [])
+            for asked, told in said
         ]
         prompt_length = shared_length(whole[0]["input_ids"], self.model.config.vision_end_token_id) if block else 0
         packed = pack(whole, prompt_length)
@@ -121,9 +138,9 @@ class Conversations(nn.Module):
             found = [asked for asked in found if "sound" not in asked.text]
         return found[:wanted]
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Mean cross-entropy over all label tokens; the loss of captions and of answers, and the share of answer tokens
-        that come first."""
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, Stats]:
+        """Mean cross-entropy over all label tokens; the loss of captions and of answers, and how many of the answers'
+        tokens are the most likely ones, in per cent."""
         model, media = self.model, {}
         if "video_embeds" in batch:
             media["video_embeds"] = batch["video_embeds"].float()
@@ -136,7 +153,6 @@ class Conversations(nn.Module):
             position_ids=batch["position_ids"],
             use_cache=False,
         ).last_hidden_state
-        # A branch's first token comes after the prompt, not after the branch before it; it is never a label.
         targets_BL = batch["labels"][:, 1:]
         counted_BL = targets_BL != IGNORED
         logits_NV = model.lm_head(hidden_BLD[:, :-1][counted_BL])
@@ -158,14 +174,13 @@ def by_length(clips: list[Features]) -> list[list[Features]]:
     return [groups[length] for length in sorted(groups)]
 
 
-def block_of(clip: Features, media: Media) -> Block | None:
-    """The sizes of a clip's media in a prompt."""
-    windows = round(len(clip.audio_CSD) * clip.audio_CSD.shape[1] / 25)
+def block_of(clip: Features, media: Media, n_audio_tokens: int) -> Block | None:
+    """The sizes of a clip's media in a prompt; none for text alone."""
     if media == "text":
         return None
     if media == "heard":
-        return Block("audio", n_audio_tokens=windows)
-    return Block("video", clip.grid_thw, clip.step_s, windows if media == "both" else 0)
+        return Block("audio", n_audio_tokens=n_audio_tokens)
+    return Block("video", clip.grid_thw, clip.step_s, n_audio_tokens if media == "both" else 0)
 
 
 def shared_length(ids_L: torch.Tensor, media_end_id: int) -> int:

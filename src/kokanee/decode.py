@@ -45,7 +45,7 @@ class PictureReader:
         self.context = source.video.codec_context
         self.frames: list[np.ndarray | None] = [None] * len(targets)
         self.plan: DecodePlan | None = None
-        self.n_damaged = 0
+        self.n_damaged, self.n_errors = 0, 0
         self.resized = False
         self._transform = transform
         self._to_rgb = RgbConverter(threads)
@@ -77,12 +77,20 @@ class PictureReader:
                 self.context.flush_buffers()
             if self._may_skip:
                 self.context.skip_frame = "DEFAULT" if is_target else "NONREF"
-        self._take(decode(self.context, packet))
+        self._decode(packet)
 
     def drain(self) -> None:
         """Collect the pictures that the decoder still holds."""
         if self.context.is_open:
-            self._take(decode(self.context, None))
+            self._decode(None)
+
+    def _decode(self, packet: Any) -> None:
+        try:
+            frames = self.context.decode(packet)
+        except av.error.FFmpegError:
+            self.n_errors += 1
+            return
+        self._take(frames)
 
     def _take(self, frames: list[Any]) -> None:
         for frame in frames:
@@ -239,14 +247,6 @@ class SoundReader:
             self._blocks.append(kept)
 
 
-def decode(context: Any, packet: Any) -> list[Any]:
-    """What the decoder gives for a packet (None: what it still holds); nothing where the data is damaged."""
-    try:
-        return context.decode(packet)
-    except av.error.FFmpegError:
-        return []
-
-
 def index_by_decoding(source: Source) -> FrameIndex | None:
     """The index of a file whose packets do not tell its frames, from decoding all of it; None if no frame comes out."""
     assert source.video is not None
@@ -254,7 +254,15 @@ def index_by_decoding(source: Source) -> FrameIndex | None:
     pts: list[int | None] = []
     for packet in source.packets():
         if source.is_picture(packet):
-            pts.extend(frame.pts for frame in decode(context, packet))
+            pts.extend(_times(context, packet))
     if context.is_open:
-        pts.extend(frame.pts for frame in decode(context, None))
+        pts.extend(_times(context, None))
     return index_frames(pts, source.video)
+
+
+def _times(context: Any, packet: Any) -> list[int | None]:
+    """Presentation times of the frames that a packet completes; none where the data is damaged."""
+    try:
+        return [frame.pts for frame in context.decode(packet)]
+    except av.error.FFmpegError:
+        return []

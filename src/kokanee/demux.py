@@ -15,7 +15,7 @@ from typing import Any
 import av
 import av.error
 import numpy as np
-from av.stream import Discard, Disposition
+from av.stream import Disposition
 
 from kokanee.errors import KokaneeError
 
@@ -24,6 +24,7 @@ logger = logging.getLogger("kokanee")
 IN_MEMORY_BYTES = 64 << 20
 NOT_MEDIA_FORMATS = {"tty", "hls", "dash", "concat", "lavfi", "sdp", "webvtt_concat", "imf"}
 SEEK_MARGIN_S = 2.0
+DISCARD_ALL = 48  # AVDISCARD_ALL
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ class Source:
             )
         for stream in streams:
             if stream not in (self.video, self.audio):
-                stream.discard = Discard.all
+                ignore(stream)
 
     def _pick(self, candidates: list[Any], kind: str) -> Any:
         readable = [stream for stream in candidates if stream.codec_context is not None]
@@ -305,6 +306,12 @@ def open_container(path: Path) -> Any:
     return container
 
 
+def ignore(stream: Any) -> None:
+    """Have the demuxer skip a stream's data, where PyAV can say so (since 18; before, it is only not handed out)."""
+    if hasattr(stream, "discard"):
+        stream.discard = DISCARD_ALL
+
+
 def _whole_packets(container: Any, streams: list[Any], notes: list[str]) -> Iterator[Any]:
     """Packets with content, up to the end or to where the file stops being readable."""
     try:
@@ -326,6 +333,6 @@ def _index_of_large_file(
     with open_container(path) as container:
         for stream in container.streams:
             if stream.index != stream_index:
-                stream.discard = Discard.all
+                ignore(stream)
         video = container.streams[stream_index]
         return index_packets(_whole_packets(container, [video], notes), video), tuple(notes)

@@ -1,18 +1,16 @@
-"""Nano's exam: world clips that it never saw, as files, captioned and questioned, and judged exactly.
-
-Axes: N samples of a batch.
-"""
+"""Nano's exam: world clips that it never saw, as files, captioned and questioned, and judged exactly."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kokanee.errors import KokaneeError
 from kokanee.formats import read_jsonl
 from kokanee.layout import Block
 from kokanee.model import Kokanee
@@ -21,12 +19,17 @@ from kokanee.world.facts import Fact
 from kokanee.world.score import Rates, judge, rates, repetition_rate
 
 PROMPT = "Describe the video with its sounds."
+CAPTION_TOKENS, ANSWER_TOKENS = 160, 16
 Sample = dict[str, torch.Tensor]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Marks:
-    """What came out: rates in per cent of true facts, the share of sounds told, repetition and right answers in per cent."""
+    """What came out of captions and answers.
+
+    `rates` are in per cent of the true facts, `sounds_told` of the true sounds, `repetition` of a caption's words;
+    `words` are words a caption; `answers` are right answers in per cent, None where nothing was asked.
+    """
 
     name: str
     rates: Rates
@@ -51,39 +54,52 @@ def exam(
     batch_size: int = 25,
     report: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Marks], list[str]]:
-    """Marks of the annotators and of the model on the first clips of a folder of `world make`, and the captions."""
-    records = read_jsonl(folder / "samples.jsonl")[:clips]
-    truths = [[Fact(**{**e["fact"], "subject": tuple(e["fact"]["subject"])}) for e in r["events"]] for r in records]
+    """Marks of the annotators and of the model on the first clips of a folder of `world make`, and the captions.
+
+    Captions are drawn at `temperature` (0: greedy), answers to questions are always greedy. `report(done, clips)` is
+    called after each batch. Raises `KokaneeError` where the folder has too few clips, or clips without annotators.
+    """
+    records = read_records(folder, clips)
+    truths = [facts_in(record) for record in records]
     captions: list[str] = []
     right, asked = Counter(), Counter()
     torch.manual_seed(seed)
+    model.eval()
     for start in range(0, len(records), batch_size):
         part = records[start : start + batch_size]
         seen = [watch(model, processor, folder / record["file"]) for record in part]
-        captions += answers(model, processor, [(view, PROMPT) for view in seen], 160, temperature)
+        captions += answers(model, processor, [(view, PROMPT) for view in seen], CAPTION_TOKENS, temperature)
         questions = [(view, q) for view, record in zip(seen, part, strict=True) for q in record["questions"]]
-        said = answers(model, processor, [(view, q["question"]) for view, q in questions], 16, 0.0)
+        said = answers(model, processor, [(view, q["question"]) for view, q in questions], ANSWER_TOKENS, 0.0)
         for (_, question), text in zip(questions, said, strict=True):
             asked[question["kind"]] += 1
-            right[question["kind"]] += text.strip().lower() == question["answer"].lower()
+            right[question["kind"]] += text.lower() == question["answer"].lower()
         if report is not None:
             report(min(start + batch_size, len(records)), len(records))
     annotated = [record["captions_annotated"][0] for record in records]
     by_kind = {kind: 100.0 * right[kind] / asked[kind] for kind in sorted(asked)}
-    overall = 100.0 * sum(right.values()) / max(1, sum(asked.values()))
-    return [
-        mark("annotators", truths, annotated),
-        mark("model", truths, captions, overall, by_kind),
-    ], captions
+    overall = 100.0 * right.total() / asked.total() if asked else None
+    marks = replace(mark("model", truths, captions), answers=overall, answers_by_kind=by_kind)
+    return [mark("annotators", truths, annotated), marks], captions
 
 
-def mark(
-    name: str,
-    truths: Sequence[Sequence[Fact]],
-    captions: Sequence[str],
-    answers: float | None = None,
-    by_kind: dict[str, float] | None = None,
-) -> Marks:
+def read_records(folder: Path, clips: int) -> list[dict[str, Any]]:
+    """The first records of a folder of `world make`."""
+    records = read_jsonl(folder / "samples.jsonl")
+    if not 1 <= clips <= len(records):
+        raise KokaneeError(f"{folder} has {len(records)} clips, not {clips}. Make more, or ask for 1 or more of these.")
+    if not all(record["captions_annotated"] for record in records[:clips]):
+        raise KokaneeError(f"{folder} has clips without an annotator's caption. Make it with one annotator or more.")
+    return records[:clips]
+
+
+def facts_in(record: dict[str, Any]) -> list[Fact]:
+    """The facts that there are to tell of a clip."""
+    facts = [event["fact"] for event in record["events"]]
+    return [Fact(fact["kind"], tuple(fact["subject"]), fact["value"]) for fact in facts]
+
+
+def mark(name: str, truths: Sequence[Sequence[Fact]], captions: Sequence[str]) -> Marks:
     """Marks of captions against the facts that there were to tell."""
     verdicts = [judge(truth, caption) for truth, caption in zip(truths, captions, strict=True)]
     sounds = sum(fact.kind == "sound" for truth in truths for fact in truth)
@@ -95,8 +111,6 @@ def mark(
         100.0 * told / max(1, sounds),
         100.0 * sum(map(repetition_rate, captions)) / count,
         sum(len(caption.split()) for caption in captions) / count,
-        answers,
-        by_kind or {},
     )
 
 
@@ -114,7 +128,7 @@ def watch(model: Kokanee, processor: Processor, path: Path) -> View:
     clip = processor.read(path)
     sample = processor.prepare(clip, [Turn("user", PROMPT)])
     names = ("pixel_values_videos", "video_grid_thw", "input_features")
-    media = model.encode_media(**{name: sample.get(name) for name in names})
+    media = model.encode_media(**{name: sample[name].to(model.device) for name in names if name in sample})
     n_audio = len(media["audio_embeds"]) if "audio_embeds" in media else 0
     if "video_grid_thw" not in sample:
         return View(Block("audio", n_audio_tokens=n_audio), media)
@@ -131,16 +145,18 @@ def answers(
     temperature: float,
     batch_size: int = 50,
 ) -> list[str]:
-    """Answers to questions about clips that were watched, greedily at temperature 0."""
+    """Answers to questions about clips that were watched, greedily at temperature 0, stripped of white space."""
     texts: list[str] = []
+    how: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     for start in range(0, len(asked), batch_size):
         samples = [
             {**processor.prepare_ids([Turn("user", text)], [view.block]), **view.media}
             for view, text in asked[start : start + batch_size]
         ]
         batch = processor.collate(samples, padding_side="left")
-        batch.pop("labels", None)
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+        batch = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
         out = model.generate(**batch, max_new_tokens=max_new_tokens, **how)
         new = out[:, batch["input_ids"].shape[1] :]
         texts += processor.tokenizer.batch_decode(new, skip_special_tokens=True)

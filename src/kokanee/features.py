@@ -1,8 +1,8 @@
 """What the frozen encoders make of world clips, computed once and kept on disk.
 
-A store is a folder: `state.json` (what was encoded by which encoders) and shards of safetensors. A shard holds, for each
-of its clips, the visual tokens (float16, all clips' one after another), the Whisper encoder's states (float16) and
-which stretch of which scene the clip is.
+A store is a folder: `state.json` (what was encoded by which encoders) and shards of safetensors. A shard holds, for
+each of its clips, the visual tokens (float16, all clips' one after another), the Whisper encoder's states (float16)
+and which stretch of which scene the clip is.
 
 Axes: K clips of a shard, N visual tokens, C audio chunks, S encoder states, D width.
 """
@@ -16,11 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from kokanee.encoders import square_side_px
 from kokanee.errors import KokaneeError
-from kokanee.formats import replaced_file, write_json
+from kokanee.formats import differences, replaced_file, write_json
 from kokanee.model import Kokanee
 from kokanee.processor import RATE_HZ, Processor
 from kokanee.sampling import length_s, sample_indices, step_seconds
@@ -28,6 +30,7 @@ from kokanee.world.render import frames
 from kokanee.world.scene import SLOT_S, Scene, Split, sample_scene
 from kokanee.world.sound import waveform
 
+STATE = "state.json"
 FPS = 12.0
 SHARD = 250
 SHORTEST_S = 2.0
@@ -54,7 +57,7 @@ class Features:
 
 
 def stretch_of(split: Split, index: int, seed: int, share_cut: float) -> tuple[Scene, Stretch]:
-    """Scene `index` and the stretch that is shown of it: all, or for a share of the scenes an interval of 2 s or more."""
+    """Scene `index` and the stretch shown of it: all, or for `share_cut` of the scenes an interval of 2 s or more."""
     scene = sample_scene(split, index, seed)
     rng = random.Random(f"stretch/{seed}/{split}/{index}")
     if rng.random() >= share_cut:
@@ -68,17 +71,17 @@ def stretch_of(split: Split, index: int, seed: int, share_cut: float) -> tuple[S
 @torch.no_grad()
 def encode(model: Kokanee, processor: Processor, scene: Scene, stretch: Stretch) -> Features:
     """The features of a stretch, from the same frames and samples that a file of it at `FPS` would give."""
-    config, sampling = processor.config, processor.config.sampling
+    sampling = processor.config.sampling
     n_frames = round((stretch.end_s - stretch.start_s) * FPS)
     indices = sample_indices(n_frames, FPS, sampling)
-    times_s = stretch.start_s + torch.tensor(indices).numpy() / FPS
-    pixels_PX, grid_thw = processor.pixels(list(frames(scene, times_s, round(config.max_frame_pixels**0.5))))
+    times_s = stretch.start_s + np.array(indices) / FPS
+    pixels_PX, grid_thw = processor.pixels(list(frames(scene, times_s, square_side_px(processor, len(indices)))))
     step_s = step_seconds(len(indices), length_s(n_frames, FPS, sampling), sampling)
     assert step_s is not None, "features are for models that are told the time of a step"
     wave = waveform(scene)[round(stretch.start_s * RATE_HZ) : round(stretch.end_s * RATE_HZ)]
-    video_ND = model.encode_video(pixels_PX, torch.tensor([grid_thw]))
-    audio_CSD = model.audio.encode(processor.features(wave))
-    return Features(stretch, video_ND.half(), grid_thw, step_s, audio_CSD.half())
+    video_ND = model.encode_video(pixels_PX.to(model.device), torch.tensor([grid_thw], device=model.device))
+    audio_CSD = model.audio.encode(processor.features(wave).to(model.device))
+    return Features(stretch, video_ND.half().cpu(), grid_thw, step_s, audio_CSD.half().cpu())
 
 
 def fill_store(
@@ -92,15 +95,18 @@ def fill_store(
     part: tuple[int, int] = (0, 1),
     report: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Encode the first `clips` scenes of a split; goes on where it stopped. `part` (k, n): only every n-th shard, from k.
+    """Encode the first `clips` scenes of a split; goes on where it stopped. `part` (k, n): every n-th shard, from k.
 
-    Raises `KokaneeError` where the folder holds the features of other encoders or settings.
+    `report(done, clips)` is called after each shard. Raises `KokaneeError` where the folder holds the features of other
+    encoders or settings.
     """
     settings = {"encoders": fingerprint(model), "split": split, "clips": clips, "seed": seed, "share_cut": share_cut}
-    known = folder / "state.json"
-    if known.is_file() and json.loads(known.read_text()) != settings:
-        raise KokaneeError(f"{folder} holds features made otherwise ({known.read_text()}). Remove it, or use another.")
+    known = folder / STATE
+    differing = differences(json.loads(known.read_text(encoding="utf-8")), settings) if known.is_file() else []
+    if differing:
+        raise KokaneeError(f"{folder} holds other features ({'; '.join(differing)}). Remove it, or use another.")
     write_json(known, settings)
+    model.eval()
     for shard in range(part[0], -(-clips // SHARD), part[1]):
         path = shard_path(folder, shard)
         if not path.is_file():
@@ -127,22 +133,33 @@ def write_shard(path: Path, found: list[Features]) -> None:
 
 
 def read_store(folder: Path, merge_size: int) -> list[Features]:
-    """All clips of a store, their tensors mapped from disk. Raises `KokaneeError` where there is none."""
-    paths = sorted(folder.glob("shard-*.safetensors"))
-    if not paths:
+    """All clips of a store, their tensors mapped from disk. Raises `KokaneeError` where it is missing or unfinished."""
+    known = folder / STATE
+    if not known.is_file():
         raise KokaneeError(f"{folder} holds no features. Make them first.")
-    found = []
-    for path in paths:
-        tensors = load_file(path)
-        grids = [tuple(grid) for grid in tensors["grids"].tolist()]
-        sizes = [t * h * w // merge_size**2 for t, h, w in grids]
-        videos, audios = tensors["video"].split(sizes), tensors["audio"].split(tensors["chunks"].tolist())
-        stretches = zip(tensors["index"].tolist(), tensors["from_to_s"].tolist(), strict=True)
-        for video_ND, grid, step_s, audio_CSD, (index, (start_s, end_s)) in zip(
-            videos, grids, tensors["steps_s"].tolist(), audios, stretches, strict=True
-        ):
-            found.append(Features(Stretch(index, start_s, end_s), video_ND, grid, step_s, audio_CSD))
-    return found
+    clips = json.loads(known.read_text(encoding="utf-8"))["clips"]
+    paths = [shard_path(folder, shard) for shard in range(-(-clips // SHARD))]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise KokaneeError(
+            f"{folder} is unfinished: {len(missing)} of {len(paths)} shards are missing (such as {missing[0]}). "
+            "Start the making of features again; it goes on where it stopped."
+        )
+    return [features for path in paths for features in read_shard(path, merge_size)]
+
+
+def read_shard(path: Path, merge_size: int) -> list[Features]:
+    """The clips of one shard."""
+    tensors = load_file(path)
+    grids = [(t, h, w) for t, h, w in tensors["grids"].tolist()]
+    stretches = [
+        Stretch(index, start_s, end_s)
+        for index, (start_s, end_s) in zip(tensors["index"].tolist(), tensors["from_to_s"].tolist(), strict=True)
+    ]
+    videos = tensors["video"].split([t * h * w // merge_size**2 for t, h, w in grids])
+    audios = tensors["audio"].split(tensors["chunks"].tolist())
+    clips = zip(stretches, videos, grids, tensors["steps_s"].tolist(), audios, strict=True)
+    return [Features(*parts) for parts in clips]
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -156,5 +173,5 @@ def fingerprint(model: Kokanee) -> str:
     for part in (model.visual, model.audio.encoder):
         for name, tensor in sorted(part.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().float().contiguous().numpy().tobytes())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

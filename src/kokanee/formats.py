@@ -59,15 +59,23 @@ def drop_half_line(path: Path) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a file; a half line at its end is left out. Raises `KokaneeError` for a line that is no JSON."""
+    """All whole lines of a file, without a half line at its end. Raises `KokaneeError` for a line that is no JSON."""
     if not path.is_file():
         raise KokaneeError(f"{path} is not there. Check the path.")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
+    # str.splitlines would also cut at characters such as U+2028, which JSON texts may hold.
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise KokaneeError(f"{path}, line {number} is not JSON ({error}). Mend or remove the line.") from error
     return records
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two settings, a phrase for each key."""
+    return [
+        f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
+        for key in dict.fromkeys((*before, *now))
+        if before.get(key) != now.get(key)
+    ]

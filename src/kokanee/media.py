@@ -86,7 +86,9 @@ def read_clip(
         try:
             return _Reading(source, sampling, start_s, end_s, transform, threads).clip()
         except KokaneeError as error:
-            raise error if str(source.path) in str(error) else KokaneeError(f"{source.path}: {error}") from error
+            if str(source.path) in str(error):
+                raise
+            raise KokaneeError(f"{source.path}: {error}") from error
 
 
 def make_clip(
@@ -209,6 +211,8 @@ class _Reading:
             if len(frames) < len(self.indices):
                 raise KokaneeError("its frames decode differently each time (damaged data). Repair or re-encode it.")
             times_s = index.times_s[self.indices]
+            if picture.n_errors:
+                notes.append(f"{picture.n_errors} packets of picture could not be decoded")
             if picture.n_damaged:
                 notes.append(f"{picture.n_damaged} of {len(frames)} sampled frames are damaged")
             if picture.resized:

@@ -58,12 +58,12 @@ class Kokanee(PreTrainedModel, GenerationMixin):
     .language_model  Qwen2.5-VL decoder with three-dimensional positions
     .lm_head         width -> vocabulary
 
-    `forward` takes a batch made by `Processor.collate`: input_ids (B, L), attention_mask (B, L), position_ids (3, B, L),
-    labels (B, L; -100 = ignored), and the media of the whole batch in sample order, raw or as embeddings (N, H).
-    `.loss` (with labels) is the mean cross-entropy over the label tokens. `.logits` is (B, L, V); with `logits_to_keep=k`
-    only of the last k positions, with a tensor of indices only of those. With labels and no `logits_to_keep`, logits are
-    made at label positions alone and `.logits` is None; `logits_to_keep=0` asks for all of them. `KokaneeError` is raised
-    where placeholders and media disagree, or media come without positions.
+    `forward` takes a batch made by `Processor.collate`: input_ids, attention_mask (B, L), position_ids (3, B, L) and
+    labels (B, L; -100 = ignored), and the media of the whole batch in sample order, raw or as embeddings (N, H). `.loss` (with
+    labels) is the mean cross-entropy over the label tokens. `.logits` is (B, L, V); with `logits_to_keep=k` only of the
+    last k positions, with a tensor of indices only of those. With labels and no `logits_to_keep`, logits are made at
+    label positions alone and `.logits` is None; `logits_to_keep=0` asks for all of them. `KokaneeError` is raised where
+    placeholders and media disagree, or media come without positions.
 
     `generate` continues each prompt's positions from its last token, in all three rows, as in training.
     """

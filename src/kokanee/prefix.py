@@ -1,7 +1,7 @@
 """Several answers behind one prompt, packed into one sequence: the prompt is computed once, and no answer sees another.
 
-A packed sequence is `[prompt | branch 1 | branch 2 | ...]`. Every branch goes on from the prompt's end in its positions,
-and its queries see the prompt and itself, each up to their own place.
+A packed sequence is `[prompt | branch 1 | branch 2 | ...]`. Every branch goes on from the prompt's end in its
+positions, and its queries see the prompt and itself, each up to their own place.
 
 Axes: B sequences, L tokens; S segment numbers (0 the prompt, 1, 2, ... the branches, -1 padding).
 """
@@ -20,10 +20,14 @@ Sample = dict[str, torch.Tensor]
 
 def pack(samples: Sequence[Sample], prompt_length: int) -> Sample:
     """Conversations that share their first `prompt_length` tokens -> one sample: `input_ids`, `labels`, `segments` (L,)
-    and `position_ids` (3, L). Labels of the shared part are those of the first."""
+    and `position_ids` (3, L). Labels of the shared part are those of the first.
+
+    No branch may begin with a label: the state before it in the packed sequence is another branch's.
+    """
     first = samples[0]
     shared = first["input_ids"][:prompt_length]
     assert all(torch.equal(sample["input_ids"][:prompt_length], shared) for sample in samples), "prompts differ"
+    assert all(sample["labels"][prompt_length] == IGNORED for sample in samples), "a branch begins with a label"
     branches = [
         {
             "input_ids": sample["input_ids"][prompt_length:],
@@ -46,13 +50,12 @@ def pack(samples: Sequence[Sample], prompt_length: int) -> Sample:
 def collate_packed(samples: Sequence[Sample], pad_id: int) -> Sample:
     """Packed samples, padded on the right: (B, L), positions (3, B, L)."""
     longest = max(len(sample["input_ids"]) for sample in samples)
-    fills = {"input_ids": pad_id, "labels": IGNORED, "segments": PADDING}
-    batch = {
-        name: torch.stack([pad(sample[name], (0, longest - len(sample[name])), value=fill) for sample in samples])
+    fills = {"input_ids": pad_id, "labels": IGNORED, "segments": PADDING, "position_ids": 1}
+    padded = {
+        name: [pad(sample[name], (0, longest - sample[name].shape[-1]), value=fill) for sample in samples]
         for name, fill in fills.items()
     }
-    places = [pad(sample["position_ids"], (0, longest - sample["position_ids"].shape[1]), value=1) for sample in samples]
-    return {**batch, "position_ids": torch.stack(places, dim=1)}
+    return {name: torch.stack(rows, dim=1 if name == "position_ids" else 0) for name, rows in padded.items()}
 
 
 def branch_mask(segments_BL: torch.Tensor) -> torch.Tensor:

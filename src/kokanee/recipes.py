@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from kokanee.errors import KokaneeError
 
 Stage = Literal["visual encoder", "sound encoder", "conversations"]
+Checked = TypeVar("Checked", bound=BaseModel)
 
 
 class Recipe(BaseModel):
@@ -20,7 +21,9 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     stage: Stage = Field(description="what is learnt: labels by an encoder, or answers by the language model")
-    model: str = Field(description="folder or hub name of the model to start from, or a YAML file with a fresh one's sizes")
+    model: str = Field(
+        description="folder or hub name of the model to start from, or a YAML file of a fresh one's sizes"
+    )
     train: tuple[str, ...] = Field(description="names of the parts that are trained; all others are frozen")
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1, description="samples in a batch of one process")
@@ -60,11 +63,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def read_recipe(path: str | Path, **replaced: Any) -> Recipe:
     """The recipe in a YAML file, with single settings replaced. Raises `KokaneeError` that names each wrong setting."""
-    settings = {**read_yaml(path), **replaced}
+    return checked(Recipe, {**read_yaml(path), **replaced}, str(path))
+
+
+def checked(model: type[Checked], settings: dict[str, Any], source: str) -> Checked:
+    """`model` made of the settings of `source`. Raises `KokaneeError` that names each wrong setting."""
     try:
-        return Recipe(**settings)
+        return model(**settings)
     except ValidationError as error:
-        raise KokaneeError(f"{path}: {'; '.join(reasons(error, Recipe))}. Mend these settings.") from error
+        raise KokaneeError(f"{source}: {'; '.join(reasons(error, model))}. Mend these settings.") from error
 
 
 def reasons(error: ValidationError, model: type[BaseModel]) -> list[str]:
@@ -76,5 +83,5 @@ def reasons(error: ValidationError, model: type[BaseModel]) -> list[str]:
             near = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.0)
             phrases.append(f"unknown setting '{key}' (the nearest known one is '{near[0]}')")
         else:
-            phrases.append(f"{key}: {item['msg']}")
+            phrases.append(f"{key}: {item['msg']}" if key else item["msg"])
     return phrases

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from pydantic import BaseModel, ConfigDict, Field
 from transformers import GenerationConfig
 
 from kokanee.checkpoints import load, save
@@ -16,17 +17,38 @@ from kokanee.encoders import SoundLabels, VisualLabels
 from kokanee.errors import KokaneeError
 from kokanee.model import Kokanee, KokaneeConfig
 from kokanee.processor import Processor, ProcessorConfig
-from kokanee.recipes import Recipe, read_yaml
+from kokanee.recipes import Recipe, checked, read_yaml
 from kokanee.tokenizer import build_tokenizer
-from kokanee.train import Report, train
+from kokanee.train import Objective, Report, train
 from kokanee.world.facts import exact
 from kokanee.world.language import write
 from kokanee.world.questions import CAPTION_PROMPTS, ask
 from kokanee.world.scene import sample_scene
 
 
+class TokenizerSizes(BaseModel):
+    """Settings of a fresh model's tokenizer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vocab_size: int = Field(ge=1, description="tokens at most")
+    captions: int = Field(ge=1, description="scenes whose texts it is trained on")
+
+
+class Sizes(BaseModel):
+    """A fresh model: what a YAML file of sizes holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: dict[str, Any] = Field(description="keys of KokaneeConfig")
+    processor: dict[str, Any] = Field(description="keys of ProcessorConfig")
+    tokenizer: TokenizerSizes
+    seed: int = Field(0, description="of the random weights")
+
+
 def run_stage(recipe: Recipe, folder: Path, report: Report | None = None) -> dict[str, float]:
-    """Train one stage in `folder` and leave the model in `folder/model`; the last evaluation's figures."""
+    """Train one stage in `folder` and leave the model in `folder/model`; the last step's figures (see `train`)."""
+    torch.manual_seed(recipe.seed)
     model, processor = starting_model(recipe.model)
     objective = make_objective(recipe, model, processor)
     figures = train(objective, recipe, folder, report)
@@ -35,13 +57,17 @@ def run_stage(recipe: Recipe, folder: Path, report: Report | None = None) -> dic
     return figures
 
 
-def make_objective(recipe: Recipe, model: Kokanee, processor: Processor) -> nn.Module:
-    """The objective of a recipe's stage."""
-    if recipe.stage == "visual encoder":
-        return VisualLabels(model, processor, recipe.seed)
-    if recipe.stage == "sound encoder":
-        return SoundLabels(model, processor, recipe.seed)
-    return Conversations(model, processor, Mix(**recipe.data), recipe.seed)
+def make_objective(recipe: Recipe, model: Kokanee, processor: Processor) -> Objective:
+    """The objective of a recipe's stage. Raises `KokaneeError` where the recipe's `data` is not for this stage."""
+    if recipe.stage == "conversations":
+        return Conversations(model, processor, checked(Mix, recipe.data, "data"), recipe.seed)
+    if recipe.data:
+        raise KokaneeError(
+            f"The stage '{recipe.stage}' makes its samples from scenes, but the recipe's data has "
+            f"{', '.join(recipe.data)}. Take data out of the recipe."
+        )
+    encoder = VisualLabels if recipe.stage == "visual encoder" else SoundLabels
+    return encoder(model, processor, recipe.seed)
 
 
 def starting_model(name: str) -> tuple[Kokanee, Processor]:
@@ -52,14 +78,13 @@ def starting_model(name: str) -> tuple[Kokanee, Processor]:
 
 
 def fresh_model(path: Path) -> tuple[Kokanee, Processor]:
-    """A model with random weights and a tokenizer trained on the world's language; the same file gives the same model."""
-    settings = read_yaml(path)
-    unknown = set(settings) - {"model", "processor", "tokenizer", "seed"}
-    if unknown:
-        raise KokaneeError(f"{path}: unknown settings {sorted(unknown)}. Known: model, processor, tokenizer, seed.")
-    wanted = settings["tokenizer"]
-    tokenizer = build_tokenizer(world_texts(wanted["captions"]), wanted["vocab_size"])
-    processor = Processor(tokenizer, ProcessorConfig(**settings["processor"]))
+    """A model with random weights and a tokenizer trained on the world's language; equal files give equal models.
+
+    Sets torch's random seed to the file's. Raises `KokaneeError` that names each wrong setting.
+    """
+    sizes = checked(Sizes, read_yaml(path), str(path))
+    tokenizer = build_tokenizer(world_texts(sizes.tokenizer.captions), sizes.tokenizer.vocab_size)
+    processor = Processor(tokenizer, ProcessorConfig(**sizes.processor))
     names, special = processor.config, tokenizer.get_added_vocab()
     ids = {
         "image_token_id": processor.rules.image_id,
@@ -71,10 +96,9 @@ def fresh_model(path: Path) -> tuple[Kokanee, Processor]:
         "bos_token_id": processor.pad_id,
         "eos_token_id": special[names.turn_end_token],
     }
-    sizes = settings["model"]
-    sizes["text_config"]["vocab_size"] = len(tokenizer)
-    torch.manual_seed(settings.get("seed", 0))
-    model = Kokanee(KokaneeConfig(**sizes, **ids))
+    text_config = {**sizes.model.get("text_config", {}), "vocab_size": len(tokenizer)}
+    torch.manual_seed(sizes.seed)
+    model = Kokanee(KokaneeConfig(**{**sizes.model, "text_config": text_config}, **ids))
     model.generation_config = GenerationConfig(eos_token_id=ids["eos_token_id"], pad_token_id=processor.pad_id)
     return model, processor
 

@@ -1,49 +1,60 @@
-"""One training loop for every stage. A stage is an objective: it makes batches and turns a batch into a loss.
-
-    class Objective(nn.Module):
-        batch(split, number, size) -> dict of tensors, the same for the same arguments
-        forward(batch) -> (loss, {name: number})
+"""One training loop for every stage. A stage is an `Objective`: it makes batches and turns a batch into a loss.
 
 Every step's batch and random numbers follow from the seed and the step alone. A run that is killed and started again
 therefore goes on from its last checkpoint as if nothing had happened: bit for bit on a CPU.
 
-A run is a folder: `state.json` (the recipe; written first), `metrics.jsonl` (only grows), `tensorboard/`,
-and `checkpoint.safetensors`, replaced whole or not at all.
+A run is a folder: `state.json` (the recipe; written first), `metrics.jsonl` (only grows; steps done again after a kill
+are written again), `tensorboard/`, and `checkpoint.safetensors`, replaced whole or not at all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import logging
 import math
+import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from kokanee.errors import KokaneeError
-from kokanee.formats import append_jsonl, replaced_file, write_json
+from kokanee.formats import append_jsonl, differences, replaced_file, write_json
 from kokanee.recipes import Recipe
 
-logger = logging.getLogger("kokanee")
 Batch = dict[str, torch.Tensor]
+Stats = dict[str, torch.Tensor]
 Report = Callable[[int, dict[str, float]], None]
 STATE, METRICS, CHECKPOINT = "state.json", "metrics.jsonl", "checkpoint.safetensors"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-class Objective(Protocol):
-    """What a stage has to offer; see the head of this file."""
+class Objective(nn.Module):
+    """What a stage has to offer: a model, batches of it, and a loss. Submodules beside `model` are always trained.
 
-    def batch(self, split: Any, number: int, size: int) -> Batch: ...
+    `idle_parts` says whether a batch may leave trained weights without a gradient (such as those that hear, in silence).
+    """
 
-    def __call__(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
+    model: nn.Module
+    idle_parts: bool = False
+
+    def batch(self, split: Literal["train", "validation"], number: int, size: int) -> Batch:
+        """Batch `number` of a split. Equal arguments give equal batches. `sample`, where it is there, holds the numbers
+        of the samples, for messages."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, Stats]:
+        """The loss, and figures by name; a figure that this batch does not define is left out."""
+        raise NotImplementedError
 
 
 class Batches(Dataset):
@@ -63,139 +74,193 @@ class Batches(Dataset):
         return self.objective.batch("train", number, self.recipe.batch_size)
 
 
-def train(objective: nn.Module, recipe: Recipe, folder: Path, report: Report | None = None) -> dict[str, float]:
-    """Train the parameters that the recipe names; returns the last evaluation's figures.
+@dataclass(frozen=True)
+class Run:
+    """What a step needs. `wrapped` is the objective as it is called in training: the same, or shared by processes."""
 
-    Goes on where an earlier run in `folder` stopped. `report(step, figures)` is called after every step. Raises
-    `KokaneeError` when the folder holds a run with other settings, or a loss or gradient is not finite.
+    recipe: Recipe
+    folder: Path
+    objective: Objective
+    wrapped: nn.Module
+    trained: dict[str, nn.Parameter]
+    optimizer: Any
+    accelerator: Accelerator
+
+
+def train(objective: Objective, recipe: Recipe, folder: Path, report: Report | None = None) -> dict[str, float]:
+    """Train the parts that the recipe names; returns the last step's figures, with those of its evaluation.
+
+    Goes on where an earlier run in `folder` stopped. The main process calls `report(step, figures)` after every step.
+    Raises `KokaneeError` when the folder holds a run with other settings, another number of processes runs than the
+    recipe says, or a loss or gradient is not finite.
     """
     accelerator = Accelerator(
-        cpu=recipe.device == "cpu", mixed_precision="bf16" if recipe.autocast_bf16 else "no", log_with="tensorboard",
+        cpu=recipe.device == "cpu",
+        mixed_precision="bf16" if recipe.autocast_bf16 else "no",
+        log_with="tensorboard",
         project_dir=str(folder),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=objective.idle_parts)],
     )
-    if accelerator.is_main_process:
-        claim(folder, recipe)
-    accelerator.wait_for_everyone()
-    accelerator.init_trackers("tensorboard")
+    if accelerator.num_processes != recipe.processes:
+        raise KokaneeError(
+            f"The recipe is for processes: {recipe.processes}, but {accelerator.num_processes} run, which gives other "
+            f"batches. Start it with torchrun --nproc-per-node {recipe.processes}, or change the recipe."
+        )
     trained = choose(objective, recipe.train)
-    optimizer = torch.optim.AdamW(
-        list(trained.values()), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+    claim(folder, recipe)
+    optimizer: Any = torch.optim.AdamW(
+        list(trained.values()),
+        lr=recipe.learning_rate,
+        betas=recipe.betas,
+        weight_decay=recipe.weight_decay,
+        fused=True,
     )
     step = restore(folder, trained, optimizer)
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
-    batches = stream(Batches(objective, recipe, step, accelerator.process_index, accelerator.num_processes), recipe)
-    figures: dict[str, float] = {}
-    started, first = time.monotonic(), step
-    while step < recipe.steps:
-        rate = learning_rate(recipe, step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        torch.manual_seed(step_seed(recipe.seed, step, accelerator.process_index))
-        figures = one_step(wrapped, trained, optimizer, batches, recipe, accelerator, step)
-        step += 1
-        figures.update(learning_rate=rate, steps_per_s=(step - first) / (time.monotonic() - started))
-        if step % recipe.evaluate_every == 0 or step == recipe.steps:
-            figures.update(evaluate(objective, recipe))
-            accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            if step % recipe.log_every == 0 or step == recipe.steps or any("/" in name for name in figures):
-                append_jsonl(folder / METRICS, [{"step": step, **figures}])
-                accelerator.log(figures, step=step)
-            if step % recipe.save_every == 0 or step == recipe.steps:
-                keep(folder, step, trained, optimizer)
-            if report is not None:
-                report(step, figures)
+    accelerator.init_trackers("tensorboard")
+    try:
+        figures = run_steps(Run(recipe, folder, objective, wrapped, trained, optimizer, accelerator), step, report)
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
     accelerator.end_training()
     return figures
 
 
 def claim(folder: Path, recipe: Recipe) -> None:
-    """Make the folder this recipe's, or raise `KokaneeError` with what differs where it is another's."""
+    """Make the folder this recipe's, or raise `KokaneeError` with what differs where it holds another's run."""
     settings = json.loads(recipe.model_dump_json())
     known = folder / STATE
-    if not known.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(known, {"recipe": settings})
-        return
-    before = json.loads(known.read_text())["recipe"]
-    differing = [
-        f"{key}: {before.get(key)!r} before, {settings.get(key)!r} now"
-        for key in sorted({*before, *settings})
-        if before.get(key) != settings.get(key)
-    ]
-    if differing:
-        raise KokaneeError(
-            f"{folder} holds a run with other settings ({'; '.join(differing)}). "
-            "Continue with the old settings, or choose another folder."
-        )
+    if known.is_file():
+        before = json.loads(known.read_text(encoding="utf-8"))["recipe"]
+        differing = differences(before, settings)
+        if not differing:
+            return
+        if (folder / METRICS).exists() or (folder / CHECKPOINT).exists():
+            raise KokaneeError(
+                f"{folder} holds a run with other settings ({'; '.join(differing)}). "
+                "Continue with the old settings, or choose another folder."
+            )
+    write_json(known, {"recipe": settings})
 
 
-def choose(objective: nn.Module, prefixes: tuple[str, ...]) -> dict[str, nn.Parameter]:
-    """Freeze everything but the parameters whose names begin with one of the prefixes, and the stage's own head."""
-    model = getattr(objective, "model")
-    own = tuple(f"{name}." for name, _ in objective.named_children() if name != "model")
-    wanted = (*(f"model.{prefix}" for prefix in prefixes), *own)
-    trained = {}
+def choose(objective: Objective, parts: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    """Freeze everything but the named parts of the model and what is the stage's own; the parameters left, by name.
+
+    A part is a module or a parameter, named by its whole path ("audio.encoder"). Raises `KokaneeError` for a name that
+    is none.
+    """
+    own = [name for name, _ in objective.named_children() if name != "model"]
+    wanted = [*(f"model.{part}" for part in parts), *own]
+    found, trained = set(), {}
     for name, parameter in objective.named_parameters():
-        parameter.requires_grad_(name.startswith(wanted))
-        if parameter.requires_grad:
+        owners = {path for path in wanted if name == path or name.startswith(f"{path}.")}
+        found |= owners
+        parameter.requires_grad_(bool(owners))
+        if owners:
             trained[name] = parameter
-    for prefix in prefixes:
-        if not any(name.startswith(f"model.{prefix}") for name in trained):
-            parts = ", ".join(name for name, _ in model.named_children())
-            raise KokaneeError(f"No parameter's name begins with '{prefix}'. The model's parts are: {parts}.")
+    for part in parts:
+        if f"model.{part}" not in found:
+            known = ", ".join(name for name, _ in objective.model.named_children())
+            raise KokaneeError(
+                f"The model has no part '{part}' to train. Its parts are {known}, and their parts (such as "
+                "audio.encoder). Name some of these in train."
+            )
+    if not trained:
+        raise KokaneeError("The recipe trains nothing. Name parts of the model in train.")
     return trained
 
 
-def stream(batches: Batches, recipe: Recipe) -> Iterator[Batch]:
+def run_steps(run: Run, step: int, report: Report | None) -> dict[str, float]:
+    """All steps from `step` on, with evaluations, records and checkpoints at their times; the last step's figures."""
+    recipe, accelerator = run.recipe, run.accelerator
+    if step >= recipe.steps:
+        return evaluate(run)
+    batches = stream(
+        Batches(run.objective, recipe, step, accelerator.process_index, accelerator.num_processes), recipe.workers
+    )
+    figures: dict[str, float] = {}
+    started, first = time.monotonic(), step
+    while step < recipe.steps:
+        torch.manual_seed(step_seed(recipe.seed, step, accelerator.process_index))
+        figures = one_step(run, batches, step)
+        step += 1
+        figures["steps_per_s"] = (step - first) / (time.monotonic() - started)
+        last = step == recipe.steps
+        evaluated = last or step % recipe.evaluate_every == 0
+        if evaluated:
+            figures.update(evaluate(run))
+        if not accelerator.is_main_process:
+            continue
+        if evaluated or step % recipe.log_every == 0:
+            append_jsonl(run.folder / METRICS, [{"step": step, **figures}])
+            accelerator.log(figures, step=step)
+        if last or step % recipe.save_every == 0:
+            keep(run.folder, step, run.trained, run.optimizer)
+        if report is not None:
+            report(step, figures)
+    return figures
+
+
+def stream(batches: Batches, workers: int) -> Iterator[Batch]:
     """The batches in order, made ahead by worker processes."""
-    workers = recipe.workers
-    context = {"multiprocessing_context": "fork", "prefetch_factor": 4} if workers else {}
-    return iter(DataLoader(batches, batch_size=None, shuffle=False, num_workers=workers, **context))
+    settings: dict[str, Any] = {}
+    if workers:
+        settings["prefetch_factor"] = 4
+        if "fork" in multiprocessing.get_all_start_methods():
+            settings["multiprocessing_context"] = "fork"
+    return iter(DataLoader(batches, batch_size=None, shuffle=False, num_workers=workers, **settings))
 
 
-def one_step(
-    wrapped: nn.Module,
-    trained: dict[str, nn.Parameter],
-    optimizer: Any,
-    batches: Iterator[Batch],
-    recipe: Recipe,
-    accelerator: Accelerator,
-    step: int,
-) -> dict[str, float]:
-    """One update from `accumulate` batches; the figures of the last of them. Stops before a bad number is used."""
-    wrapped.train()
-    optimizer.zero_grad(set_to_none=True)
-    total, stats, batch = 0.0, {}, {}
-    for _ in range(recipe.accumulate):
+def one_step(run: Run, batches: Iterator[Batch], step: int) -> dict[str, float]:
+    """One update from `accumulate` batches; the means of this process's figures. Stops before a bad number is used."""
+    recipe, accelerator = run.recipe, run.accelerator
+    rate = learning_rate(recipe, step)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.wrapped.train()
+    run.optimizer.zero_grad(set_to_none=True)
+    found, samples = [], []
+    for micro_step in range(recipe.accumulate):
         batch = {name: value.to(accelerator.device) for name, value in next(batches).items()}
-        loss, stats = wrapped(batch)
-        accelerator.backward(loss / recipe.accumulate)
-        total += float(loss.detach()) / recipe.accumulate
-    norm = float(torch.nn.utils.clip_grad_norm_(list(trained.values()), recipe.clip))
-    if not (math.isfinite(total) and math.isfinite(norm)):
-        source = batch.get("sample")
+        samples += batch["sample"].tolist() if "sample" in batch else []
+        last = micro_step == recipe.accumulate - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(run.wrapped):
+            loss, stats = run.wrapped(batch)
+            accelerator.backward(loss / recipe.accumulate)
+        found.append({"loss": float(loss.detach()), **{name: float(value) for name, value in stats.items()}})
+    norm = float(torch.nn.utils.clip_grad_norm_(list(run.trained.values()), recipe.clip))
+    losses = [figures["loss"] for figures in found]
+    if not all(map(math.isfinite, [*losses, norm])):
         raise KokaneeError(
-            f"Step {step + 1}: the loss is {total} and the gradient's length {norm}"
-            + (f", with samples {source.tolist()}" if source is not None else "")
+            f"Step {step + 1}: the loss is {sum(losses) / len(losses)} and the gradient's length {norm}"
+            + (f", with samples {samples}" if samples else "")
             + ". The weights were left as they were. Lower learning_rate, or look at these samples."
         )
-    optimizer.step()
-    return {"loss": total, "gradient": norm, **{name: float(value) for name, value in stats.items()}}
+    run.optimizer.step()
+    figures = means(found)
+    return {"loss": figures.pop("loss"), "gradient": norm, **figures, "learning_rate": rate}
 
 
 @torch.no_grad()
-def evaluate(objective: nn.Module, recipe: Recipe) -> dict[str, float]:
-    """Means over the first validation batches, named `validation/...`."""
-    objective.eval()
-    sums: dict[str, float] = {}
-    device = next(objective.parameters()).device
-    for number in range(recipe.evaluate_batches):
-        batch = objective.batch("validation", number, recipe.batch_size)  # pyright: ignore[reportCallIssue]
-        loss, stats = objective({name: value.to(device) for name, value in batch.items()})
-        for name, value in {"loss": loss, **stats}.items():
-            sums[f"validation/{name}"] = sums.get(f"validation/{name}", 0.0) + float(value) / recipe.evaluate_batches
-    return sums
+def evaluate(run: Run) -> dict[str, float]:
+    """Means over the first validation batches, named `validation/...`. The processes share the batches among them."""
+    recipe, accelerator = run.recipe, run.accelerator
+    run.objective.eval()
+    found = []
+    for number in range(accelerator.process_index, recipe.evaluate_batches, accelerator.num_processes):
+        batch = run.objective.batch("validation", number, recipe.batch_size)
+        loss, stats = run.objective({name: value.to(accelerator.device) for name, value in batch.items()})
+        found.append((number, {name: float(value) for name, value in {"loss": loss, **stats}.items()}))
+    in_order = sorted(gather_object(found), key=lambda item: item[0])
+    return {f"validation/{name}": value for name, value in means([figures for _, figures in in_order]).items()}
+
+
+def means(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of every figure, over the batches that define it."""
+    names = dict.fromkeys(name for figures in found for name in figures)
+    values = {name: [figures[name] for figures in found if name in figures] for name in names}
+    return {name: sum(given) / len(given) for name, given in values.items()}
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -224,19 +289,29 @@ def keep(folder: Path, step: int, trained: dict[str, nn.Parameter], optimizer: A
 
 
 def restore(folder: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Take up the checkpoint of `folder`, if there is one; the number of steps done."""
+    """Take up the checkpoint of `folder`, if there is one; the number of steps done.
+
+    Raises `KokaneeError` if it holds other weights than `trained`, in name or shape.
+    """
     path = folder / CHECKPOINT
     if not path.is_file():
         return 0
     with safe_open(path, "pt") as file:
         step = int(file.metadata()["step"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    names = {name.split("/", 1)[1] for name in tensors}
-    if names != set(trained):
-        odd = ", ".join(sorted(names ^ set(trained))[:3])
-        raise KokaneeError(f"{path} holds other weights than this stage trains (such as {odd}). Remove the folder.")
+        names = list(file.keys())
+        tensors = {name: file.get_tensor(name) for name in names}
+    stored = {
+        name.removeprefix("weight/"): value.shape for name, value in tensors.items() if name.startswith("weight/")
+    }
+    wanted = {name: parameter.shape for name, parameter in trained.items()}
+    odd = sorted(name for name in {*stored, *wanted} if stored.get(name) != wanted.get(name))
+    if odd:
+        raise KokaneeError(
+            f"{path} holds other weights than this stage trains (such as {', '.join(odd[:3])}). Remove the folder, "
+            "or start from the model that the run began with."
+        )
     for name, parameter in trained.items():
         parameter.data.copy_(tensors[f"weight/{name}"])
-        moments = {key: tensors.get(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items() if value is not None}
+        kept = {key: tensors[f"{key}/{name}"] for key in MOMENTS if f"{key}/{name}" in tensors}
+        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in kept.items()}
     return step

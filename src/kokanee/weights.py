@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict:
 
 
 def weight_files(folder: Path, stem: str = "model") -> list[Path]:
-    """The safetensors files of `folder`, sharded or not. Raises `KokaneeError` if there are none, or a shard is missing."""
+    """The safetensors files of `folder`, sharded or not. Raises `KokaneeError` if there are none or one is missing."""
     index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
     if index.is_file():
         files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
@@ -53,7 +53,7 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
     if pickles:
         raise KokaneeError(
             f"{folder} holds pickled weights ({listed(pickles)}). Loading a pickle can run any code, so Kokanee reads "
-            "safetensors only. Convert them: load them with transformers where you trust them, and save_pretrained again."
+            "safetensors only. Convert them: load them with transformers where you trust them and call save_pretrained."
         )
     raise KokaneeError(f"{folder} has no {single.name} (found: {listed(found)}). Give the folder of a checkpoint.")
 

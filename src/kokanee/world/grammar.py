@@ -2,8 +2,8 @@
 
 The letters: a article, s size, c colour, f shape, p place, v action, k background colour, g "background",
 i "is", n what sounds, r how it sounds, l pitch, t how often, d number, h "is heard", H "we hear", E "there is",
-w "can be seen", z "turns" + background colour, L light, y "while", T "then", O "on a", & "and", N "nothing happens", and
-the comma. Words that mean nothing here are "?", which no pattern matches.
+w "can be seen", z "turns" + background colour, L light, y "while", T "then", O "on a", & "and", N "nothing happens",
+and the comma. Words that mean nothing here are "?", which no pattern matches.
 """
 
 from __future__ import annotations

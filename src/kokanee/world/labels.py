@@ -26,8 +26,8 @@ VISIBLE = 0.5
 class FrameLabels:
     """One picture on a grid of G = side * side cells, row by row. A figure belongs to the cell of its centre.
 
-    `present_G` 0 or 1; `colour_G`, `shape_G` class indices, -1 where nothing is; `geometry_G7` the figure's offset from
-    the cell's centre (x, y) in cells, its radius over the frame, and the change of x, y, radius (per second) and
+    `present_G` 0 or 1; `colour_G`, `shape_G` class indices, -1 where nothing is; `geometry_G7` the figure's place from the
+    picture's centre (x, y) in cells, its radius over the frame, and the change of x, y, radius (per second) and
     opacity (per second) there; `spins_G` 0 or 1; `background` a class index; `dark` 0 or 1.
     """
 
@@ -62,7 +62,8 @@ def frame_labels(scene: Scene, time_s: float, side: int, step_s: float = 0.25) -
         shape[cell] = SHAPES.index(figure.shape)
         spins[cell] = now.angle_deg != later.angle_deg
         rates = [getattr(later, name) - getattr(now, name) for name in ("x", "y", "scale", "opacity")]
-        geometry[cell] = [dx, dy, now.scale, *(rate / step_s for rate in rates)]
+        from_centre = ((now.x - 0.5) * side, (now.y - 0.5) * side)
+        geometry[cell] = [*from_centre, now.scale, *(rate / step_s for rate in rates)]
     background = BACKGROUNDS.index(background_at(scene, time_s))
     return FrameLabels(present, colour, shape, geometry, spins, background, int(is_dark(scene, time_s)))
 

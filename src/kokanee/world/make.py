@@ -68,7 +68,7 @@ def make(
 ) -> Path:
     """Write clips 0 to `n_clips` - 1 into the folder `out`: NNNNN.mp4, and a record of each in samples.jsonl.
 
-    `more` are further fields of `MakeSettings`. Clips that are there already are left alone, so a second call continues,
+    `more` are further fields of `MakeSettings`. Clips that are there already are left alone, so a second call goes on,
     and one with more clips adds to them. `on_clip` is told the number of clips done after each. Returns the path of
     samples.jsonl. Raises KokaneeError for settings that cannot be, and for a folder made with others, saying which.
     """

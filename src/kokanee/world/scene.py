@@ -94,7 +94,7 @@ class Ambient:
 
 @dataclass(frozen=True)
 class FigureState:
-    """A figure at one moment; `scale` is its radius, `opacity` 0 to 1, `blend` how far `colour` has become `next_colour`."""
+    """A figure at one moment; `scale` is its radius, `opacity` 0 to 1, `blend` how far `colour` is `next_colour`."""
 
     x: float
     y: float
@@ -242,7 +242,8 @@ def _draw_actions(rng: random.Random, figures: tuple[Figure, ...], slots: int) -
         index = rng.choice([i for i in range(len(figures)) if i not in gone] or [0])
         if index in gone:
             break
-        verb, argument = _draw_verb(rng, figures[index], cells[index], sizes[index], taken, actions, index)
+        done = {(action.verb, action.argument) for action in actions if action.figure == index}
+        verb, argument = _draw_verb(rng, figures[index], cells[index], sizes[index], taken, done)
         length = rng.choice(VERB_SLOTS[verb])
         start = max(slot, busy_until[index])
         if start + length > slots or any(a.start_s == start * SLOT_S for a in actions):
@@ -262,9 +263,15 @@ def _draw_actions(rng: random.Random, figures: tuple[Figure, ...], slots: int) -
     return tuple(sorted(actions, key=lambda action: action.start_s))
 
 
-def _draw_verb(rng, figure, cell, size, taken, actions, index) -> tuple[str, str]:
-    """A verb and its argument that the figure can do now and has not done before."""
-    done = {(action.verb, action.argument) for action in actions if action.figure == index}
+def _draw_verb(
+    rng: random.Random,
+    figure: Figure,
+    cell: tuple[int, int],
+    size: str,
+    taken: set[tuple[str, str]],
+    done: set[tuple[str, str]],
+) -> tuple[str, str]:
+    """A verb and its argument that the figure can do now and has not `done` before; `taken` are names in use."""
     column, row = cell
     possible = [("jumps", ""), ("shakes", ""), ("blinks", ""), ("disappears", "")]
     possible += [("spins", "")] if figure.shape != "circle" else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from kokanee.world.scene import SLOT_S, Scene, Sound
@@ -51,40 +53,43 @@ def _held(t: np.ndarray, attack_s: float) -> np.ndarray:
     return np.minimum(1.0, np.minimum(t / attack_s, (STROKE_S - t) / attack_s))
 
 
-def _bell(t, hz, rng):
+def _bell(t: np.ndarray, hz: float, rng: np.random.Generator) -> np.ndarray:
     partials = ((1.0, 1.0, 6.0), (2.76, 0.6, 9.0), (5.4, 0.3, 14.0))
-    return sum(level * _sine(t, hz * ratio) * np.exp(-decay * t) for ratio, level, decay in partials)
+    return np.sum([level * _sine(t, hz * ratio) * np.exp(-decay * t) for ratio, level, decay in partials], axis=0)
 
 
-def _drum(t, hz, rng):
+def _drum(t: np.ndarray, hz: float, rng: np.random.Generator) -> np.ndarray:
     skin = np.sin(2 * np.pi * hz * (t + 0.04 * (1 - np.exp(-t / 0.04)))) * np.exp(-11 * t)
     return 1.3 * skin + 0.5 * rng.normal(size=len(t)) * np.exp(-70 * t)
 
 
-def _whistle(t, hz, rng):
+def _whistle(t: np.ndarray, hz: float, rng: np.random.Generator) -> np.ndarray:
     return _held(t, 0.03) * np.sin(2 * np.pi * hz * t + 2.0 * _sine(t, 7.0))
 
 
-def _buzzer(t, hz, rng):
+def _buzzer(t: np.ndarray, hz: float, rng: np.random.Generator) -> np.ndarray:
     return 0.6 * _held(t, 0.01) * np.tanh(8 * _sine(t, hz))
 
 
-def _chirp(t, hz, rng):
+def _chirp(t: np.ndarray, hz: float, rng: np.random.Generator) -> np.ndarray:
     phase = t % 0.13
     return np.sin(2 * np.pi * hz * (phase + 2.2 * phase**2)) * np.sin(np.pi * np.minimum(phase / 0.09, 1.0)) ** 2
 
 
-def _horn(t, hz, rng):
-    tone = sum((_sine(t, hz * k) + _sine(t, 1.26 * hz * k)) / k for k in range(1, 6))
+def _horn(t: np.ndarray, hz: float, rng: np.random.Generator) -> np.ndarray:
+    tone = np.sum([(_sine(t, hz * k) + _sine(t, 1.26 * hz * k)) / k for k in range(1, 6)], axis=0)
     return 0.4 * _held(t, 0.06) * tone
 
 
-def _knock(t, hz, rng):
-    wood = lambda late: np.where(t >= late, _sine(t - late, hz) * np.exp(-60 * np.maximum(t - late, 0.0)), 0.0)  # noqa: E731
-    return 1.4 * (wood(0.0) + wood(0.14))
+def _knock(t: np.ndarray, hz: float, rng: np.random.Generator) -> np.ndarray:
+    """Two raps on wood."""
+    raps = np.zeros(len(t))
+    for late_s in (0.0, 0.14):
+        raps += np.where(t >= late_s, _sine(t - late_s, hz) * np.exp(-60 * np.maximum(t - late_s, 0.0)), 0.0)
+    return 1.4 * raps
 
 
-def _hiss(t, hz, rng):
+def _hiss(t: np.ndarray, hz: float, rng: np.random.Generator) -> np.ndarray:
     """Noise around `hz`: shaped in the spectrum, so that it has no edges."""
     spectrum = np.fft.rfft(rng.normal(size=len(t)))
     bins_hz = np.fft.rfftfreq(len(t), t[1] - t[0])
@@ -92,7 +97,7 @@ def _hiss(t, hz, rng):
     return _held(t, 0.05) * shaped / max(np.std(shaped), 1e-9) * 0.4
 
 
-_MAKERS = {
+_MAKERS: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]] = {
     "bell": _bell,
     "drum": _drum,
     "whistle": _whistle,

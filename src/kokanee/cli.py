@@ -1,0 +1,167 @@
+"""The command `kokanee`. Nothing heavy is imported before a command runs.
+
+Data goes to standard output, all else to standard error. Exit codes: 0 done, 1 something failed, 2 wrong usage, 130
+stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import errno
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import kokanee
+from kokanee.cli_caption import caption
+from kokanee.cli_train import train, world
+from kokanee.errors import KokaneeError
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "accelerate",
+    "peft",
+    "tokenizers",
+    "safetensors",
+    "huggingface-hub",
+    "av",
+    "numpy",
+    "pillow",
+    "pydantic",
+    "typer",
+    "rich",
+)
+STOPPED = 130
+
+
+class Commands(TyperGroup):
+    """Commands whose mistakes by the user are one message without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KokaneeError as error:
+            message, code = f"Error: {error}", 1
+        except KeyboardInterrupt:
+            message, code = "Stopped.", STOPPED
+        except OSError as error:
+            if error.errno == errno.EPIPE or error.filename is None:
+                raise
+            message, code = f"Error: {error.filename}: {error.strerror}. Check the path and its permissions.", 1
+        typer.echo(message, err=True)
+        raise typer.Exit(code)
+
+
+app = typer.Typer(
+    name="kokanee",
+    cls=Commands,
+    help="Captions of what a video shows and what it sounds like.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command()(caption)
+app.command()(train)
+app.add_typer(world, name="world")
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kokanee {kokanee.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Captions of what a video shows and what it sounds like."""
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A checkpoint: folder, adapter, or name on the Hugging Face hub.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; as stored, if left out.")] = None,
+    base: Annotated[str | None, typer.Option(help="The model that an adapter belongs to.")] = None,
+) -> None:
+    """Write any checkpoint that can be loaded as a Kokanee folder; an adapter is merged into its base."""
+    from kokanee.checkpoints import convert as convert_checkpoint
+    from kokanee.defaults import inherit
+
+    folder = convert_checkpoint(source, out, dtype=dtype, base=base)
+    inherit(base or source, folder)
+    typer.echo(folder)
+
+
+@app.command()
+def assemble(
+    llm: Annotated[str, typer.Option(help="A Qwen2.5-VL: folder or name on the hub.")],
+    whisper: Annotated[str, typer.Option(help="A Whisper: folder or name on the hub.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; as stored, if left out.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the fresh Q-Former's random weights.")] = 0,
+) -> None:
+    """Join a Qwen2.5-VL and a Whisper into a model that is ready to learn to hear."""
+    from kokanee.checkpoints import assemble as assemble_base
+
+    typer.echo(assemble_base(llm, whisper, out, dtype=dtype, seed=seed))
+
+
+@app.command()
+def env() -> None:
+    """Versions and devices, for bug reports."""
+    for name, value in environment():
+        typer.echo(f"{name}: {value}")
+
+
+def environment() -> Iterator[tuple[str, str]]:
+    """What a bug report has to say about the machine; works whatever is missing."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    yield "kokanee", kokanee.__version__
+    yield "python", platform.python_version()
+    yield "platform", platform.platform()
+    for package in PACKAGES:
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            yield package, "not installed"
+    yield "devices", devices()
+    yield "ffmpeg", ffmpeg_libraries()
+
+
+def devices() -> str:
+    """What torch computes on."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return f"torch cannot be imported ({error})"
+    threads = f"cpu ({torch.get_num_threads()} threads)"
+    cuda = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    other = ["mps"] if torch.backends.mps.is_available() else []
+    return ", ".join([threads, *cuda, *other])
+
+
+def ffmpeg_libraries() -> str:
+    """The versions of FFmpeg's libraries inside PyAV."""
+    try:
+        import av
+    except (ImportError, OSError) as error:
+        return f"av cannot be imported ({error})"
+    return ", ".join(f"{name} {'.'.join(map(str, numbers))}" for name, numbers in av.library_versions.items())
+
+
+def main() -> None:
+    """Run the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a caption may hold what the terminal cannot show
+    app(prog_name="kokanee")

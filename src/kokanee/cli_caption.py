@@ -1,0 +1,254 @@
+"""`kokanee caption`: one file as text that grows, many files as records that can be continued."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kokanee.console import bar, say
+from kokanee.errors import KokaneeError
+from kokanee.files import Found, find, output_names
+from kokanee.formats import write_text
+from kokanee.outputs import FORMATS, SUBTITLES, Record, txt_entry
+
+if TYPE_CHECKING:
+    from kokanee.caption_run import Summary, Task
+    from kokanee.captioner import Captioner
+
+RECORDS = "captions.jsonl"
+SUBTITLES_EVERY_S = 10.0
+NAMED = 20
+
+
+class Format(str, Enum):
+    txt = "txt"
+    json = "json"
+    jsonl = "jsonl"
+    srt = "srt"
+    vtt = "vtt"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which files are captioned, and where to and in which format the captions go (`out` None: standard output)."""
+
+    found: list[Found]
+    several: bool
+    format: str
+    out: Path | None
+
+    @property
+    def is_run(self) -> bool:
+        """Whether records are collected: for several files, and for one whose record is added to a file."""
+        return self.several or (self.format == "jsonl" and self.out is not None)
+
+    @property
+    def records(self) -> Path | None:
+        """The file of records of a run."""
+        if self.out is None:
+            return None
+        return self.out if self.format == "jsonl" and self.out.suffix and not self.out.is_dir() else self.out / RECORDS
+
+    @property
+    def file(self) -> Path | None:
+        """The file of a single caption."""
+        if self.out is None or not self.out.is_dir():
+            return self.out
+        return self.out / output_names(self.found, self.format)[self.found[0].path]
+
+
+Inputs = Annotated[list[str], typer.Argument(help="Files, folders, or glob patterns in quotes.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="nano, a folder, or a name on the hub.")]
+Question = Annotated[str | None, typer.Option("--question", "-q", help="Ask this instead of for a caption.")]
+Start = Annotated[float | None, typer.Option(min=0, help="Begin here (seconds).")]
+End = Annotated[float | None, typer.Option(min=0, help="Stop here (seconds).")]
+Every = Annotated[
+    float | None, typer.Option(min=0.001, help="A caption for every so many seconds; of subtitles 10 by default.")
+]
+FormatName = Annotated[
+    Format | None,
+    typer.Option("--format", "-f", help="By default as --out ends; else txt for one file, jsonl for several."),
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", help="A file; for several files in txt, json, srt or vtt a folder.")
+]
+Samples = Annotated[int, typer.Option(min=1, help="Captions of each file or interval.")]
+Temperature = Annotated[
+    float | None, typer.Option(min=0, help="0 is greedy, the default for one sample; for several it is 1.")
+]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this probability.")]
+Seed = Annotated[int, typer.Option(help="Of the random numbers, where temperature is not 0.")]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest caption, by default the model's own.")]
+AudioOnly = Annotated[bool, typer.Option("--audio-only", help="Only listen.")]
+VideoOnly = Annotated[bool, typer.Option("--video-only", help="Only look.")]
+Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Search sub-folders too.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Files or intervals that are computed together.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")]
+Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16, float32; by default as stored, on a CPU float32.")]
+Base = Annotated[str | None, typer.Option(help="Where MODEL is an adapter: the model it belongs to.")]
+
+
+def caption(
+    inputs: Inputs,
+    model: Model = "nano",
+    question: Question = None,
+    start: Start = None,
+    end: End = None,
+    every: Every = None,
+    format_: FormatName = None,
+    out: Out = None,
+    samples: Samples = 1,
+    temperature: Temperature = None,
+    top_p: TopP = 0.9,
+    seed: Seed = 0,
+    max_new_tokens: MaxNewTokens = None,
+    audio_only: AudioOnly = False,
+    video_only: VideoOnly = False,
+    recursive: Recursive = False,
+    batch_size: BatchSize = 1,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    base: Base = None,
+) -> None:
+    """Tell what happens in videos, sound files and images.
+
+    A single file's caption appears as it is made. Several files get a record each in --out, as they are done; the same
+    command again goes on where it stopped, and tries failed files again.
+    """
+    if audio_only and video_only:
+        raise typer.BadParameter("cannot be used together", param_hint="--audio-only, --video-only")
+    if temperature is None:
+        temperature = 0.0 if samples == 1 else 1.0
+    plan = make_plan(inputs, recursive, format_, out, samples)
+    if every is None and plan.format in SUBTITLES:
+        every = SUBTITLES_EVERY_S
+    use = ("audio",) if audio_only else ("video",) if video_only else ("video", "audio")
+    how: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    if max_new_tokens is not None:
+        how["max_new_tokens"] = max_new_tokens
+
+    from kokanee.caption_run import Task
+    from kokanee.captioner import Captioner, check_samples
+    from kokanee.generation import Decoding
+
+    Decoding(**how)
+    check_samples(samples, temperature)
+    captioner = Captioner.from_pretrained(model, device=device, dtype=dtype, base=base)
+    task = Task(question, start, end, every, samples, use, captioner.decoding(how))  # pyright: ignore[reportArgumentType]
+    if plan.is_run:
+        caption_several(captioner, plan, task, batch_size)
+    else:
+        caption_single(captioner, plan, task, batch_size)
+
+
+def make_plan(inputs: list[str], recursive: bool, wanted: Format | None, out: Path | None, samples: int) -> Plan:
+    """What to do with which files. Raises `KokaneeError` or a usage error for what cannot be done."""
+    found, several = find(inputs, recursive)
+    ending = out.suffix[1:] if out is not None and not out.is_dir() else ""
+    if wanted is None and ending and ending not in FORMATS:
+        raise typer.BadParameter(
+            f"{out} ends in none of {', '.join(FORMATS)}; say which with --format", param_hint="--out"
+        )
+    format_ = wanted.value if wanted else ending or ("jsonl" if several else "txt")
+    if format_ in SUBTITLES and samples > 1:
+        raise typer.BadParameter("subtitles show one caption at a time, so leave it out", param_hint="--samples")
+    plan = Plan(found, several, format_, out)
+    if several and out is None and format_ not in ("txt", "jsonl"):
+        raise typer.BadParameter(f"several files in {format_} need a folder to be written to", param_hint="--out")
+    if several and out is not None and format_ != "jsonl":
+        if out.is_file() or ending in FORMATS:
+            raise typer.BadParameter(f"{out} is one file; several in {format_} need a folder", param_hint="--out")
+        output_names(found, format_)
+    if out is not None and any(hit.path.absolute() == out.absolute() for hit in found):
+        raise typer.BadParameter(f"{out} is to be captioned and would be overwritten", param_hint="--out")
+    return plan
+
+
+def caption_single(captioner: Captioner, plan: Plan, task: Task, batch_size: int) -> None:
+    """One file, to standard output or to a file of its own."""
+    path = plan.found[0].path
+    if plan.format == "txt" and plan.out is None:
+        record = write_as_made(captioner, path, task, batch_size)
+    else:
+        from kokanee.caption_run import captions_of
+
+        record = task.record(captioner, path, list(captions_of(captioner, path, task, batch_size)))
+        text = FORMATS[plan.format](record)
+        if plan.file is None:
+            typer.echo(text, nl=False)
+        else:
+            write_text(plan.file, text)
+    for note in record["notes"]:
+        say(f"{path}: {note}")
+    cut = sum(not caption["finished"] for caption in record["captions"])
+    if cut:
+        say(f"{path}: {cut} of {len(record['captions'])} captions cut off at {task.decoding.max_new_tokens} tokens")
+
+
+def write_as_made(captioner: Captioner, path: Path, task: Task, batch_size: int) -> Record:
+    """One file's captions to standard output, a single one piece by piece; its record."""
+    if task.every_s is None and task.n_samples == 1:
+        stream = captioner.begin(task.request(path), task.decoding)
+        for piece in stream:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        assert stream.caption is not None
+        return task.record(captioner, path, [stream.caption])
+    from kokanee.caption_run import captions_of
+
+    captions = []
+    for number, made in enumerate(captions_of(captioner, path, task, batch_size)):
+        captions.append(made)
+        entry = task.record(captioner, path, [made])["captions"][0]
+        text = txt_entry(entry, task.every_s is not None, task.n_samples > 1)
+        typer.echo(("\n" if number else "") + text, nl=False)
+    return task.record(captioner, path, captions)
+
+
+def caption_several(captioner: Captioner, plan: Plan, task: Task, batch_size: int) -> None:
+    """Many files: a record each as they are done, and files in the wanted format. Exits with 1 if any failed."""
+    from kokanee.caption_run import run
+
+    names = {} if plan.format == "jsonl" else output_names(plan.found, plan.format)
+    names = {path.as_posix(): name for path, name in names.items()}
+    with bar("{task.fields[file]}", hidden=plan.out is None and sys.stdout.isatty()) as progress:
+        shown = progress.add_task("captions", total=len({hit.path for hit in plan.found}), file="")
+
+        def on_record(record: Record) -> None:
+            progress.update(shown, advance=1, file=record["file"])
+            if plan.out is None:
+                write_record(record, plan.format)
+            elif names and "error" not in record:
+                write_text(plan.out / names[record["file"]], FORMATS[plan.format](record))
+
+        try:
+            summary = run(captioner, [hit.path for hit in plan.found], plan.records, task, batch_size, on_record)
+        except KeyboardInterrupt:
+            if plan.records is not None:
+                say(f"What is done is in {plan.records}; the same command again goes on.")
+            raise
+    tell(summary)
+
+
+def write_record(record: Record, format_: str) -> None:
+    """One of several records to standard output; errors are no text."""
+    if format_ == "jsonl":
+        typer.echo(FORMATS[format_](record), nl=False)
+    elif "error" not in record:
+        typer.echo(f"{record['file']}\n{FORMATS[format_](record)}")
+
+
+def tell(summary: Summary) -> None:
+    """What came of a run. Raises `KokaneeError` if a file failed, so that the exit code says it too."""
+    before = f" ({summary.skipped} of them before)" if summary.skipped else ""
+    say(f"{summary.captioned} captioned{before}, {len(summary.failed)} failed")
+    if summary.failed:
+        reasons = list(summary.failed.values())
+        more = [f"and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else []
+        raise KokaneeError("\n  ".join([f"{len(reasons)} files have no caption:", *reasons[:NAMED], *more]))

@@ -1,0 +1,164 @@
+"""`kokanee train` and `kokanee world`: recipes, and the synthetic world that nano learns from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kokanee.console import bar
+from kokanee.errors import KokaneeError
+
+if TYPE_CHECKING:
+    from kokanee.recipes import Recipe
+
+world = typer.Typer(help="The synthetic audio-visual world.", no_args_is_help=True)
+SHOWN = 3
+Out = Annotated[Path, typer.Option(help="Folder of the run; a stopped run goes on there.")]
+
+
+class Split(str, Enum):
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file of a stage, such as those under recipes/.")],
+    out: Out,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting, such as steps=100 or data.exact=0.5."),
+    ] = None,
+) -> None:
+    """Train one stage of a recipe; the model is left in OUT/model."""
+    settings = read_settings(recipe, set_ or [])
+    if settings.processes > 1 and "RANK" not in os.environ:
+        raise typer.Exit(launch(settings.processes, recipe, out, set_ or []))
+    from kokanee.defaults import inherit
+    from kokanee.stages import run_stage
+
+    with stage_progress(settings.steps) as report:
+        figures = run_stage(settings, out, report)
+    if int(os.environ.get("RANK", "0")) == 0:
+        inherit(settings.model, out / "model")
+        typer.echo(json.dumps({"model": (out / "model").as_posix(), "steps": settings.steps, "figures": figures}))
+
+
+def read_settings(recipe: Path, replaced: Sequence[str]) -> Recipe:
+    """The recipe with the settings `KEY=VALUE` replaced; values are YAML, and KEY may be a path like data.exact."""
+    import yaml
+
+    from kokanee.recipes import read_recipe, read_yaml
+
+    settings: dict[str, Any] = read_yaml(recipe) if replaced else {}
+    for item in replaced:
+        name, equals, value = item.partition("=")
+        *path, key = name.strip().split(".")
+        if not equals or not key:
+            raise typer.BadParameter(f"{item!r} is not KEY=VALUE", param_hint="--set")
+        place = settings
+        for part in path:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise KokaneeError(f"--set {item}: '{part}' is a single value in {recipe}, and has no '{key}' inside.")
+        try:
+            place[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise typer.BadParameter(f"{item!r}: the value is no YAML ({error})", param_hint="--set") from error
+    return read_recipe(recipe, **settings)
+
+
+def launch(processes: int, recipe: Path, out: Path, replaced: Sequence[str]) -> int:
+    """Run this command again as several processes, with torch's launcher; the exit code."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sets = [word for item in replaced for word in ("--set", item)]
+    command = ["train", str(recipe), "--out", str(out), *sets]
+    launcher = ["--standalone", "--nproc-per-node", str(processes), "--module", "kokanee", *command]
+    try:
+        run(parse_args(launcher))
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if 0 < failure.exitcode < 128 else 1
+    except SignalException:
+        raise KeyboardInterrupt from None
+    return 0
+
+
+@contextmanager
+def stage_progress(steps: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """A bar on standard error for the steps of a stage, with the latest figures; evaluations are lines that stay."""
+    with bar("{task.fields[figures]}") as progress:
+        task = progress.add_task("train", total=steps, figures="")
+
+        def report(step: int, figures: dict[str, float]) -> None:
+            told = {name: value for name, value in figures.items() if "/" not in name}
+            shown = " ".join(f"{name} {value:.4g}" for name, value in list(told.items())[:SHOWN])
+            progress.update(task, completed=step, figures=shown)
+            checked = {name: value for name, value in figures.items() if "/" in name}
+            if checked:
+                line = ", ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in checked.items())
+                progress.console.print(f"step {step}: {line}", highlight=False, markup=False)
+
+        yield report
+
+
+@world.command("make")
+def make_clips(
+    out: Annotated[Path, typer.Argument(help="Folder to write; clips that are there already are kept.")],
+    clips: Annotated[int, typer.Option(min=1, help="Number of clips.")],
+    seed: Annotated[int, typer.Option(help="Which world.")] = 0,
+    split: Annotated[Split, typer.Option(help="Which part of it.")] = Split.train,
+) -> None:
+    """Write clips of the world as MP4 files, with everything that is true of them in samples.jsonl."""
+    from kokanee.world.make import make
+
+    with bar() as progress:
+        task = progress.add_task("clips", total=clips)
+        samples = make(out, clips, seed, split.value, on_clip=lambda done: progress.update(task, completed=done))
+        progress.update(task, completed=clips)
+    typer.echo(samples.as_posix())
+
+
+@world.command("features")
+def make_features(
+    model: Annotated[str, typer.Argument(help="The model whose encoders look and listen.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; what is there already is kept.")],
+    clips: Annotated[int, typer.Option(min=1, help="Number of clips.")],
+    split: Annotated[Split, typer.Option(help="Which part of the world.")] = Split.train,
+    seed: Annotated[int, typer.Option(help="Which world.")] = 0,
+    share_cut: Annotated[float, typer.Option(min=0, max=1, help="Share of clips that are cut to an interval.")] = 0.0,
+    part: Annotated[str, typer.Option(metavar="K/N", help="Only the K-th of N parts, counted from 0.")] = "0/1",
+) -> None:
+    """Compute what the encoders make of clips of the world, for the training of the other parts."""
+    share = which_part(part)
+    from kokanee.checkpoints import load
+    from kokanee.features import fill_store
+
+    loaded, processor = load(model, dtype="float32")
+    with bar() as progress:
+        task = progress.add_task("clips", total=clips)
+
+        def report(done: int, _: int) -> None:
+            progress.update(task, completed=done)
+
+        fill_store(loaded, processor, out, split.value, clips, seed, share_cut, share, report)
+    typer.echo(out.as_posix())
+
+
+def which_part(text: str) -> tuple[int, int]:
+    """ "K/N" as two numbers, 0 <= K < N."""
+    first, slash, count = text.partition("/")
+    if not (slash and first.isdigit() and count.isdigit() and int(first) < int(count)):
+        raise typer.BadParameter(f"{text!r} is not K/N with K from 0 to N - 1", param_hint="--part")
+    return int(first), int(count)

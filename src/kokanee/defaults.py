@@ -1,0 +1,54 @@
+"""What a checkpoint is asked when the user does not say: a small file in its folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from kokanee.checkpoints import locate
+from kokanee.errors import KokaneeError
+from kokanee.formats import write_json
+
+DEFAULTS_FILE = "captioner.json"
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a checkpoint is asked when the user does not say: `captioner.json` in its folder.
+
+    The question is by default the one that most clips of the published test set are asked
+    (tsinghua-ee/video-SALMONN_2_testset, 84 of 483). max_new_tokens: 1024, as the published scripts generate.
+    """
+
+    question: str = (
+        "Please provide a thorough description of all the content in the video, including every detail. "
+        "As you describe, ensure that you also cover as much information from the audio as possible, "
+        "and be mindful of the synchronization between the audio and video as you do so."
+    )
+    max_new_tokens: int = 1024
+
+    @classmethod
+    def of(cls, folder: Path) -> Defaults:
+        """The defaults of a checkpoint's folder. Raises `KokaneeError` for a file that does not hold such settings."""
+        path = folder / DEFAULTS_FILE
+        if not path.is_file():
+            return cls()
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            known = ", ".join(field.name for field in fields(cls))
+            raise KokaneeError(f"{path} does not hold settings ({error}). It may set {known}.") from error
+
+    def save(self, folder: Path) -> None:
+        """Write them to a checkpoint's folder."""
+        write_json(folder / DEFAULTS_FILE, asdict(self))
+
+
+def inherit(source: str | Path, folder: Path) -> None:
+    """Give a model that was made from the checkpoint `source` the defaults of that checkpoint, if it has any."""
+    if str(source).endswith((".yaml", ".yml")):
+        return  # a fresh model
+    origin = locate(source)
+    if (origin / DEFAULTS_FILE).is_file():
+        Defaults.of(origin).save(folder)

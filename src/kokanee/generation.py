@@ -1,0 +1,219 @@
+"""The decode loop: a batch of prompts -> tokens, one step at a time, from one prefill; and tokens -> text as it grows.
+
+The prompts with their media are computed once, whatever the number of samples. Every sample draws from a random stream
+of its own that follows from the seed and its number alone: the same seed gives the same caption in any batch, up to the
+rounding of sums (which depends on the batch's shape, and matters in bfloat16 more than in float32).
+
+Axes: B prompts, R rows (samples of a prompt stand next to each other), L tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from kokanee.errors import KokaneeError
+from kokanee.model import Kokanee
+
+NO_TOKEN = -1
+UNFINISHED_CHARACTER = "\ufffd"
+SEED_BITS = 63
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen. Raises `KokaneeError` for values that cannot be.
+
+    temperature: 0 takes the likeliest token always (greedy; the seed has no effect). top_p: only the likeliest tokens
+    that together have this probability are drawn from; the published scripts sample with 0.9. seed: of the random
+    numbers. max_new_tokens: where an answer is cut off that has not come to its end, 1024 as published.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 0.9
+    seed: int = 0
+    max_new_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise KokaneeError(f"temperature is {self.temperature}. Give 0 (greedy) or more, such as 1.")
+        if not 0 < self.top_p <= 1:
+            raise KokaneeError(f"top_p is {self.top_p}, but it is a probability. Give more than 0 and at most 1.")
+        if self.max_new_tokens < 1:
+            raise KokaneeError(f"max_new_tokens is {self.max_new_tokens}. Give at least 1.")
+
+
+@dataclass
+class Answer:
+    """One answer: its tokens without the end token, and whether it came to its end."""
+
+    ids: list[int] = field(default_factory=list)
+    finished: bool = False
+
+
+def answers(model: Kokanee, batch: dict[str, torch.Tensor], decoding: Decoding, n_samples: int = 1) -> list[Answer]:
+    """All answers to a batch, prompt by prompt, `n_samples` of each; see `steps`."""
+    found = [Answer() for _ in range(batch["input_ids"].shape[0] * n_samples)]
+    ends = end_ids(model)
+    for tokens_R in steps(model, batch, decoding, n_samples):
+        for answer, token in zip(found, tokens_R, strict=True):
+            if token in ends:
+                answer.finished = True
+            elif token != NO_TOKEN:
+                answer.ids.append(token)
+    return found
+
+
+def steps(
+    model: Kokanee, batch: dict[str, torch.Tensor], decoding: Decoding, n_samples: int = 1
+) -> Iterator[list[int]]:
+    """The next token of every row, step by step; `NO_TOKEN` for rows that came to their end before.
+
+    `batch` is a collated batch of open prompts, padded on the left. Stops when all rows have ended or are
+    `max_new_tokens` long. Raises `KokaneeError` when the model's output is not finite.
+    """
+    device = model.get_input_embeddings().weight.device
+    batch = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+    logits_RV, cache = prefill(model, batch, n_samples)
+    mask_RL = batch["attention_mask"].repeat_interleave(n_samples, 0)
+    last_3R1 = batch["position_ids"][:, :, -1:].repeat_interleave(n_samples, 1)
+    draw = uniform_numbers(decoding, len(logits_RV), n_samples)
+    ends = end_ids(model)
+    ended = [False] * len(logits_RV)
+    for step in range(decoding.max_new_tokens):
+        check_finite(logits_RV, step)
+        chosen_R = choose(logits_RV, decoding, draw)
+        tokens = [NO_TOKEN if over else token for over, token in zip(ended, chosen_R.tolist(), strict=True)]
+        ended = [over or token in ends for over, token in zip(ended, tokens, strict=True)]
+        yield tokens
+        if all(ended) or step + 1 == decoding.max_new_tokens:
+            return
+        last_3R1 = last_3R1 + 1
+        mask_RL = torch.cat([mask_RL, mask_RL.new_ones(len(mask_RL), 1)], dim=1)
+        logits_RV = one_more(model, chosen_R, mask_RL, last_3R1, cache)
+
+
+@torch.no_grad()
+def prefill(model: Kokanee, batch: dict[str, torch.Tensor], n_samples: int) -> tuple[torch.Tensor, Any]:
+    """Scores (R, V) of the first token and the cache of the prompts, both repeated for each of the samples."""
+    out = model(**batch, use_cache=True, logits_to_keep=1)
+    assert out.logits is not None and out.past_key_values is not None
+    if n_samples > 1:
+        out.past_key_values.batch_repeat_interleave(n_samples)
+    return out.logits[:, -1].repeat_interleave(n_samples, 0), out.past_key_values
+
+
+@torch.no_grad()
+def one_more(
+    model: Kokanee, tokens_R: torch.Tensor, mask_RL: torch.Tensor, position_3R1: torch.Tensor, cache: Any
+) -> torch.Tensor:
+    """Scores (R, V) of the token after `tokens_R`; the cache grows by one."""
+    out = model(
+        input_ids=tokens_R.to(mask_RL.device)[:, None],
+        attention_mask=mask_RL,
+        position_ids=position_3R1,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    assert out.logits is not None
+    return out.logits[:, -1]
+
+
+def choose(logits_RV: torch.Tensor, decoding: Decoding, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """A token for each row (R,): the likeliest at temperature 0, else the one at which a uniform number falls."""
+    if decoding.temperature == 0:
+        return logits_RV.argmax(-1)
+    scores_RV = logits_RV.float() / decoding.temperature
+    p_RV, order_RV = scores_RV.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    below_RV = p_RV.cumsum(-1)
+    # A token belongs to the nucleus when those before it do not reach top_p; the likeliest always does.
+    size_R1 = (below_RV - p_RV < decoding.top_p).sum(-1, keepdim=True)
+    mass_R1 = below_RV.gather(1, size_R1 - 1)
+    place_R1 = (below_RV <= draw().to(below_RV)[:, None] * mass_R1).sum(-1, keepdim=True)
+    return order_RV.gather(1, place_R1.minimum(size_R1 - 1))[:, 0]
+
+
+def uniform_numbers(decoding: Decoding, n_rows: int, n_samples: int) -> Callable[[], torch.Tensor]:
+    """A function that draws one number in [0, 1) for each row (R,), sample k of any prompt from the k-th stream."""
+    streams = [
+        torch.Generator().manual_seed(stream_seed(decoding.seed, row % n_samples))
+        for row in range(n_rows if decoding.temperature else 0)
+    ]
+    return lambda: torch.cat([torch.rand(1, generator=stream) for stream in streams])
+
+
+def stream_seed(seed: int, sample: int) -> int:
+    """The seed of one sample's random numbers; neighbouring seeds and samples have nothing in common."""
+    digest = hashlib.sha256(f"kokanee/{seed}/{sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> (64 - SEED_BITS)
+
+
+def check_finite(logits_RV: torch.Tensor, step: int) -> None:
+    """Raise `KokaneeError` where a row's scores are not numbers."""
+    bad = (~torch.isfinite(logits_RV).all(-1)).nonzero().flatten().tolist()
+    if bad:
+        raise KokaneeError(
+            f"The model's scores for token {step + 1} are not finite (rows {bad} of the batch). "
+            "Load it with dtype bfloat16 or float32; if they stay so, the checkpoint is damaged."
+        )
+
+
+def end_ids(model: Kokanee) -> set[int]:
+    """The tokens that end an answer."""
+    found: Any = getattr(model.generation_config, "eos_token_id", None)
+    if found is None:
+        found = model.config.eos_token_id
+    return set(found) if isinstance(found, (list, tuple)) else {found}
+
+
+class TextStream:
+    """Tokens one by one -> pieces of text, which joined are the text of all tokens without white space around it.
+
+    A piece never ends inside a character: a byte-level token can be part of one, and is held back until the rest comes.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.held_ids: list[int] = []
+        self.held_space: str | None = None
+
+    def add(self, token: int) -> str:
+        """What is new and whole after one more token; often "", when it is not yet sure."""
+        self.held_ids.append(token)
+        text = self._decode()
+        if text.endswith(UNFINISHED_CHARACTER):
+            return ""
+        self.held_ids.clear()
+        return self._trimmed(text)
+
+    def end(self) -> str:
+        """What was held back: bytes that never became a character are replaced by U+FFFD."""
+        text = self._decode()
+        self.held_ids.clear()
+        return self._trimmed(text)
+
+    def _decode(self) -> str:
+        text = self.tokenizer.decode(self.held_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def _trimmed(self, text: str) -> str:
+        """`text` after the white space that was held, its own last white space held in turn."""
+        text = text.lstrip() if self.held_space is None else self.held_space + text
+        body = text.rstrip()
+        if body or self.held_space is not None:
+            self.held_space = text[len(body) :]
+        return body
+
+
+def text_of(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
+    """The text of an answer's tokens, without special tokens and white space around it."""
+    stream = TextStream(tokenizer)
+    return "".join([*(stream.add(token) for token in ids), stream.end()])

@@ -1,0 +1,170 @@
+"""Captions as records (versioned JSON) and as files for people and players: txt, json, jsonl, srt, vtt.
+
+A record is what is known of one file after it was tried:
+
+    {"version": 1, "file": ..., "model": ..., "question": ..., "settings": {...},
+     "captions": [{"start_s", "end_s", "sample", "seed", "text", "finished"}, ...], "notes": [...]}
+    {"version": 1, "file": ..., "error": ...}
+
+Where a list of records has several of one file, the last counts.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from kokanee.errors import KokaneeError
+from kokanee.formats import read_jsonl
+
+VERSION = 1
+Record = dict[str, Any]
+
+
+class Captioned(Protocol):
+    """What a record keeps of a caption."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def start_s(self) -> float: ...
+    @property
+    def end_s(self) -> float: ...
+    @property
+    def sample(self) -> int: ...
+    @property
+    def seed(self) -> int | None: ...
+    @property
+    def finished(self) -> bool: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+
+def caption_record(
+    file: str, model: str, question: str, settings: dict[str, Any], captions: Sequence[Captioned]
+) -> Record:
+    """The record of a file that was captioned; its notes are those of all its captions, each once."""
+    return {
+        "version": VERSION,
+        "file": file,
+        "model": model,
+        "question": question,
+        "settings": settings,
+        "captions": [
+            {
+                "start_s": round(caption.start_s, 3),
+                "end_s": round(caption.end_s, 3),
+                "sample": caption.sample,
+                "seed": caption.seed,
+                "text": caption.text,
+                "finished": caption.finished,
+            }
+            for caption in captions
+        ],
+        "notes": list(dict.fromkeys(note for caption in captions for note in caption.notes)),
+    }
+
+
+def error_record(file: str, error: str) -> Record:
+    """The record of a file that could not be captioned, and why."""
+    return {"version": VERSION, "file": file, "error": error}
+
+
+def read_records(path: Path) -> dict[str, Record]:
+    """File -> its last record, of a file of records. Raises `KokaneeError` for anything that is none."""
+    found = {}
+    for number, record in enumerate(read_jsonl(path), 1):
+        if not isinstance(record, dict) or record.get("version") != VERSION or "file" not in record:
+            raise KokaneeError(
+                f"{path}, line {number} is no record of a caption in version {VERSION}. Choose another file."
+            )
+        found[record["file"]] = record
+    return found
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two sets of settings, a phrase each."""
+    return [
+        f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
+        for key in dict.fromkeys((*before, *now))
+        if before.get(key) != now.get(key)
+    ]
+
+
+def as_txt(record: Record) -> str:
+    """The text alone; where there are several captions, each after its interval and its number."""
+    captions = record["captions"]
+    if len(captions) == 1:
+        return captions[0]["text"] + "\n"
+    spans = {(caption["start_s"], caption["end_s"]) for caption in captions}
+    several = any(caption["sample"] for caption in captions)
+    return "\n".join(txt_entry(caption, len(spans) > 1, several) for caption in captions)
+
+
+def txt_entry(caption: dict[str, Any], with_interval: bool, with_sample: bool) -> str:
+    """One of several captions in a text."""
+    head = [f"{clock(caption['start_s'], '.')} - {clock(caption['end_s'], '.')}"] if with_interval else []
+    head += [f"sample {caption['sample'] + 1}"] if with_sample else []
+    return (f"[{', '.join(head)}]\n" if head else "") + caption["text"] + "\n"
+
+
+def as_json(record: Record) -> str:
+    return json.dumps(record, ensure_ascii=False, indent=2) + "\n"
+
+
+def as_jsonl(record: Record) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def as_srt(record: Record) -> str:
+    """SubRip: numbered cues. A blank line would end a cue, so a caption's paragraphs are joined."""
+    cues = [
+        f"{number}\n{clock(start_s, ',')} --> {clock(end_s, ',')}\n{cue_text(text)}\n"
+        for number, (start_s, end_s, text) in enumerate(cues_of(record), 1)
+    ]
+    return "\n".join(cues)
+
+
+def as_vtt(record: Record) -> str:
+    """WebVTT, with the characters escaped that it reads as markup."""
+    cues = [
+        f"{clock(start_s, '.')} --> {clock(end_s, '.')}\n{html.escape(cue_text(text), quote=False)}\n"
+        for start_s, end_s, text in cues_of(record)
+    ]
+    return "\n".join(["WEBVTT\n", *cues])
+
+
+FORMATS: dict[str, Callable[[Record], str]] = {
+    "txt": as_txt,
+    "json": as_json,
+    "jsonl": as_jsonl,
+    "srt": as_srt,
+    "vtt": as_vtt,
+}
+SUBTITLES = ("srt", "vtt")
+
+
+def cues_of(record: Record) -> Iterable[tuple[float, float, str]]:
+    """Start, end and text of what a player shows. Raises `KokaneeError` for several captions at a time, or no time."""
+    captions = record["captions"]
+    if any(caption["sample"] for caption in captions):
+        raise KokaneeError("Subtitles show one caption at a time, but there are several samples. Ask for one.")
+    if any(caption["end_s"] <= caption["start_s"] for caption in captions):
+        raise KokaneeError(f"{record['file']} has no length, so it cannot have subtitles. Choose the format txt.")
+    return [(caption["start_s"], caption["end_s"], caption["text"]) for caption in captions]
+
+
+def cue_text(text: str) -> str:
+    """A text without empty lines, and never an empty one; the arrow that marks a cue's times is spelt differently."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "\n".join(lines).replace("-->", "->") or "-"
+
+
+def clock(seconds: float, point: str) -> str:
+    """Hours, minutes, seconds and thousandths: 00:01:02,500."""
+    thousandths = round(seconds * 1000)
+    minutes, rest = divmod(thousandths, 60_000)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest // 1000:02d}{point}{rest % 1000:03d}"

@@ -1,0 +1,148 @@
+"""Laws of long runs: a stopped run goes on, other settings are refused, a bad file is recorded and tried again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kokanee.captioner import Captioner
+from kokanee.errors import KokaneeError
+from kokanee.formats import read_jsonl
+from kokanee.outputs import read_records
+
+NAMES = ("first.mp4", "second.mp4", "silent.mp4", "sound.wav", "still.png")
+
+
+@pytest.fixture(scope="module")
+def captioner(tiny_checkpoint) -> Captioner:
+    return Captioner.from_pretrained(tiny_checkpoint)
+
+
+@pytest.fixture
+def files(media) -> list[Path]:
+    return [media / name for name in NAMES]
+
+
+def test_every_file_gets_the_record_of_its_caption(captioner, files, tmp_path):
+    summary = captioner.caption_files(files, tmp_path / "out.jsonl", "What happens?")
+    records = read_jsonl(tmp_path / "out.jsonl")
+    assert (summary.captioned, summary.skipped, summary.failed) == (5, 0, {})
+    assert [record["file"] for record in records] == [path.as_posix() for path in files]
+    assert [record["captions"][0]["text"] for record in records] == [
+        captioner.caption(path, "What happens?").text for path in files
+    ]
+    assert {record["question"] for record in records} == {"What happens?"}
+    assert records[0]["settings"] == {
+        "start_s": None,
+        "end_s": None,
+        "every_s": None,
+        "samples": 1,
+        "use": ["video", "audio"],
+        "temperature": 0.0,
+        "top_p": None,
+        "seed": None,
+        "max_new_tokens": 12,
+        "dtype": "float32",
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 9])
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(captioner, files, tmp_path, batch_size):
+    captioner.caption_files(files, tmp_path / "whole.jsonl")
+
+    def stop(record):
+        if record["file"] == files[2].as_posix():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        captioner.caption_files(files, tmp_path / "out.jsonl", batch_size=batch_size, on_record=stop)
+    with (tmp_path / "out.jsonl").open("a") as file:
+        file.write('{"version": 1, "fi')  # killed while writing
+    told = []
+    summary = captioner.caption_files(files, tmp_path / "out.jsonl", batch_size=batch_size, on_record=told.append)
+    assert summary.captioned == 5 and summary.skipped >= 3
+    assert read_records(tmp_path / "out.jsonl") == read_records(tmp_path / "whole.jsonl")
+    assert len(read_jsonl(tmp_path / "out.jsonl")) == len(told) == 5
+
+
+def test_a_second_run_adds_nothing_and_takes_new_files(captioner, files, tmp_path):
+    out = tmp_path / "out.jsonl"
+    captioner.caption_files(files[:2], out)
+    before = out.read_bytes()
+    assert captioner.caption_files(files[:2], out).skipped == 2
+    assert out.read_bytes() == before
+    assert captioner.caption_files([*files[:3], files[0]], out).captioned == 3
+    assert out.read_bytes().startswith(before)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"question": "Why?"}, "question: 'Describe the video.' before, 'Why\\?' now"),
+        ({"every_s": 2.0}, "every_s: None before, 2.0 now"),
+        ({"temperature": 0.5}, "temperature: 0.0 before, 0.5 now"),
+        ({"use": ("audio",)}, "use: "),
+        ({"max_new_tokens": 3}, "max_new_tokens: 12 before, 3 now"),
+    ],
+)
+def test_a_run_with_other_settings_is_refused_with_what_differs(captioner, files, tmp_path, other, named):
+    out = tmp_path / "out.jsonl"
+    captioner.caption_files(files[:1], out)
+    before = out.read_bytes()
+    with pytest.raises(KokaneeError, match=named):
+        captioner.caption_files(files, out, **other)
+    assert out.read_bytes() == before
+
+
+def test_settings_without_effect_may_differ(captioner, files, tmp_path):
+    captioner.caption_files(files[:1], tmp_path / "out.jsonl", seed=1)
+    assert captioner.caption_files(files[:1], tmp_path / "out.jsonl", seed=2, top_p=0.5).skipped == 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_bad_file_is_recorded_once_and_tried_again(captioner, media, tmp_path, batch_size):
+    bad, out = tmp_path / "bad.mp4", tmp_path / "out.jsonl"
+    bad.write_text("no video")
+    files = [media / "first.mp4", bad, media / "second.mp4"]
+    summary = captioner.caption_files(files, out, batch_size=batch_size)
+    assert summary.captioned == 2 and list(summary.failed) == [bad.as_posix()]
+    assert read_records(out)[bad.as_posix()] == {
+        "version": 1,
+        "file": bad.as_posix(),
+        "error": summary.failed[bad.as_posix()],
+    }
+    assert captioner.caption_files(files, out, batch_size=batch_size).failed == summary.failed
+    assert len(read_jsonl(out)) == 3
+    bad.write_bytes((media / "second.mp4").read_bytes())
+    assert captioner.caption_files(files, out, batch_size=batch_size).failed == {}
+    records = read_records(out)
+    assert records[bad.as_posix()]["captions"] == records[files[2].as_posix()]["captions"]
+
+
+def test_one_file_that_fails_in_the_model_does_not_take_its_batch_along(captioner, files, tmp_path, monkeypatch):
+    answer = captioner.answer
+
+    def fussy(prepared, *more):
+        if any(part.end_s == 0 for part in prepared):
+            raise KokaneeError("no stills today")
+        return answer(prepared, *more)
+
+    monkeypatch.setattr(captioner, "answer", fussy)
+    summary = captioner.caption_files(files, tmp_path / "out.jsonl", batch_size=5)
+    assert summary.captioned == 4 and summary.failed == {files[4].as_posix(): "no stills today"}
+
+
+def test_intervals_and_samples_are_all_in_one_record(captioner, media, tmp_path):
+    out = tmp_path / "out.jsonl"
+    captioner.caption_files([media / "first.mp4"], out, every_s=2.5, n_samples=2, temperature=1.0, seed=3, batch_size=2)
+    (record,) = read_jsonl(out)
+    found = [(c["start_s"], c["end_s"], c["sample"], c["seed"]) for c in record["captions"]]
+    assert found == [(0, 2.5, 0, 3), (0, 2.5, 1, 3), (2.5, 5, 0, 3), (2.5, 5, 1, 3)]
+
+
+def test_records_can_go_without_a_file(captioner, files):
+    told = []
+    assert captioner.caption_files(files[:2], None, on_record=told.append).captioned == 2
+    assert [json.loads(json.dumps(record)) for record in told] == told

@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from kokanee import checkpoints
+from kokanee.errors import KokaneeError
+from tiny import tiny_model, tiny_processor
+
+GOLDEN = Path(__file__).parent / "golden" / "salmonn2plus"
+WEIGHTS = "model.safetensors"
+ADAPTER = GOLDEN / "gdpo" / "adapter"
+
+
+@pytest.fixture
+def theirs(tmp_path) -> Path:
+    """A checkpoint in the authors' layout."""
+    folder = tmp_path / "theirs"
+    shutil.copytree(GOLDEN / "checkpoint", folder)
+    shutil.copytree(GOLDEN / "tokenizer", folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def own(tmp_path) -> Path:
+    return checkpoints.save(tiny_model(), tiny_processor(), tmp_path / "own")
+
+
+def rewrite(folder: Path, change) -> None:
+    """Change the stored weights (a dict of tensors) in place."""
+    tensors = load_file(folder / WEIGHTS)
+    save_file(change(tensors) or tensors, folder / WEIGHTS)
+
+
+def configure(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def assert_same(left, right) -> None:
+    ours, others = left.state_dict(), right.state_dict()
+    assert ours.keys() == others.keys() and all(torch.equal(ours[key], others[key]) for key in ours)
+
+
+def test_what_is_saved_loads_the_same(own):
+    model, processor = checkpoints.load(own)
+    assert_same(model, tiny_model())
+    assert processor.config == tiny_processor().config and not model.training
+    assert model.generation_config.eos_token_id == model.config.eos_token_id
+    assert {path.name for path in own.iterdir()} >= {"config.json", WEIGHTS, "processor.json", "tokenizer.json"}
+
+
+def test_a_converted_checkpoint_is_the_published_one(theirs, tmp_path):
+    published, _ = checkpoints.load(theirs)
+    converted, processor = checkpoints.load(checkpoints.convert(theirs, tmp_path / "converted"))
+    assert_same(published, converted)
+    assert published.dtype == converted.dtype == torch.bfloat16
+    assert converted.generation_config.eos_token_id == [402, 400] and processor.config.merge_size == 2
+
+
+def test_the_type_is_the_stored_one_unless_another_is_asked_for(own):
+    stored, _ = checkpoints.load(own)
+    small, _ = checkpoints.load(own, dtype="bfloat16")
+    assert (stored.dtype, small.dtype, small.config.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+    assert all(weight.dtype == torch.bfloat16 for weight in small.parameters())
+    assert small.language_model.rotary_emb.inv_freq.dtype == torch.float32
+    assert_same(small, tiny_model().to(torch.bfloat16))
+    with pytest.raises(KokaneeError, match="float17"):
+        checkpoints.load(own, dtype="float17")
+
+
+def test_settings_of_the_processor_can_be_replaced(own):
+    assert checkpoints.load(own, max_frames=4)[1].config.max_frames == 4
+
+
+def test_shards_load_like_one_file(own):
+    tensors = load_file(own / WEIGHTS)
+    names = sorted(tensors)
+    for number, part in enumerate((names[::2], names[1::2])):
+        save_file({name: tensors[name] for name in part}, own / f"part-{number}.safetensors")
+    places = {name: f"part-{number % 2}.safetensors" for number, name in enumerate(names)}
+    (own / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (own / WEIGHTS).unlink()
+    assert_same(checkpoints.load(own)[0], tiny_model())
+
+
+@pytest.mark.parametrize("layout", ["own", "theirs"])
+def test_a_missing_weight_is_an_error_that_names_it(layout, request):
+    folder = request.getfixturevalue(layout)
+    rewrite(folder, lambda tensors: {key: tensor for key, tensor in tensors.items() if not key.endswith("conv1.bias")})
+    with pytest.raises(KokaneeError, match=r"lacks 1 weights \(audio\.encoder\.conv1\.bias\)"):
+        checkpoints.load(folder)
+
+
+@pytest.mark.parametrize("layout", ["own", "theirs"])
+def test_a_weight_without_a_place_is_an_error_that_names_it(layout, request):
+    folder = request.getfixturevalue(layout)
+    rewrite(folder, lambda tensors: tensors | {"visual.new.weight": torch.zeros(2)})
+    with pytest.raises(KokaneeError, match=r"no place for \(visual\.new\.weight\)"):
+        checkpoints.load(folder)
+
+
+def test_a_weight_of_another_shape_is_an_error_that_names_it(theirs):
+    configure(theirs, intermediate_size=96)
+    with pytest.raises(KokaneeError, match=r"weights have another shape .*mlp"):
+        checkpoints.load(theirs)
+
+
+def test_a_tied_checkpoint_needs_no_lm_head(theirs):
+    configure(theirs, tie_word_embeddings=True)
+    rewrite(theirs, lambda tensors: {key: tensor for key, tensor in tensors.items() if key != "lm_head.weight"})
+    model, _ = checkpoints.load(theirs)
+    assert model.lm_head.weight is model.language_model.embed_tokens.weight
+    configure(theirs, tie_word_embeddings=False)
+    with pytest.raises(KokaneeError, match=r"lm_head\.weight"):
+        checkpoints.load(theirs)
+
+
+def test_a_tied_checkpoint_may_store_its_lm_head_if_it_is_the_same(theirs):
+    configure(theirs, tie_word_embeddings=True)
+    with pytest.raises(KokaneeError, match=r"differs from model\.embed_tokens\.weight"):
+        checkpoints.load(theirs)
+    rewrite(theirs, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    assert checkpoints.load(theirs)[0].lm_head.weight.shape == (600, 64)
+
+
+def test_the_authors_leftover_is_dropped_by_name(theirs, caplog):
+    with caplog.at_level("INFO", logger="kokanee"):
+        checkpoints.load(theirs)
+    assert "audio.qformer.bert.embeddings.position_ids" in caplog.text
+
+
+def test_a_processor_of_another_model_is_refused(own):
+    with pytest.raises(KokaneeError, match="n_mels is 80, the model has 16"):
+        checkpoints.load(own, n_mels=80)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "llava_qwen", "architectures": ["VideoSALMONN2ForCausalLM"]}, "first video-SALMONN 2"),
+        (
+            {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"]},
+            "cannot hear.*assemble",
+        ),
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "'bert', architectures .*BertModel.*weights a, b"),
+        ({}, "type None"),
+    ],
+)
+def test_a_folder_of_another_model_says_what_was_found(tmp_path, config, reason):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / WEIGHTS)
+    with pytest.raises(KokaneeError, match=reason):
+        checkpoints.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["not here", "/no/such/folder", __file__])
+def test_a_name_that_is_nothing_is_refused(name):
+    with pytest.raises(KokaneeError, match="no name of a model"):
+        checkpoints.load(name)
+
+
+def test_a_hub_name_is_downloaded_without_pickles_and_loads(own, monkeypatch):
+    asked = {}
+
+    def download(name, **wanted):
+        asked.update(wanted, name=name)
+        return str(own)
+
+    monkeypatch.setattr(checkpoints, "snapshot_download", download)
+    assert_same(checkpoints.load("someone/some-model")[0], tiny_model())
+    assert asked["name"] == "someone/some-model"
+    assert not any("bin" in pattern or "pt" in pattern for pattern in asked["allow_patterns"])
+
+
+def test_a_hub_that_cannot_be_reached_is_said(monkeypatch):
+    def offline(name, **_):
+        raise LocalEntryNotFoundError("cannot reach the hub")
+
+    monkeypatch.setattr(checkpoints, "snapshot_download", offline)
+    with pytest.raises(KokaneeError, match=r"no folder someone/some-model.*cannot reach.*connection"):
+        checkpoints.load("someone/some-model")
+
+
+def test_saving_replaces_a_checkpoint_and_nothing_else(own, tmp_path):
+    (own / "old.txt").write_text("")
+    checkpoints.save(tiny_model(1), tiny_processor(), own)
+    assert not (own / "old.txt").exists()
+    assert_same(checkpoints.load(own)[0], tiny_model(1))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.jpg").write_text("")
+    with pytest.raises(KokaneeError, match="is no checkpoint"):
+        checkpoints.save(tiny_model(), tiny_processor(), tmp_path / "photos")
+
+
+def test_a_save_that_fails_leaves_what_was_there(own, monkeypatch):
+    processor = tiny_processor()
+    before = {path.name: path.read_bytes() for path in own.iterdir()}
+
+    def full(folder):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(processor, "save_pretrained", full)
+    with pytest.raises(OSError, match="no space"):
+        checkpoints.save(tiny_model(1), processor, own)
+    assert {path.name: path.read_bytes() for path in own.iterdir()} == before
+    assert [path.name for path in own.parent.iterdir()] == [own.name]
+
+
+def test_an_adapter_is_merged_into_the_base_that_is_given(theirs):
+    base, _ = checkpoints.load(theirs, dtype="float32")
+    whole, _ = checkpoints.load(ADAPTER, base=theirs, dtype="float32")
+    merged = load_file(GOLDEN / "gdpo" / "merged.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    assert torch.equal(whole.language_model.layers[0].self_attn.q_proj.weight, merged)
+    assert torch.equal(whole.language_model.embed_tokens.weight, base.language_model.embed_tokens.weight)
+
+
+def test_an_adapter_without_its_base_is_refused():
+    with pytest.raises(KokaneeError, match=r"base \(checkpoint\) is not here.*audioAlign"):
+        checkpoints.load(ADAPTER)
+
+
+def test_a_whole_model_needs_no_base(own):
+    with pytest.raises(KokaneeError, match="needs no base"):
+        checkpoints.load(own, base=own)
+
+
+def test_an_unmerged_adapter_is_not_saved(theirs, tmp_path):
+    model, processor = checkpoints.load(theirs)
+    checkpoints.load_adapter(model, ADAPTER)
+    with pytest.raises(KokaneeError, match="not merged"):
+        checkpoints.save(model, processor, tmp_path / "out")

@@ -1,0 +1,227 @@
+"""Laws of the command: data on standard output and nothing else, one message for a mistake, an honest exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import kokanee
+from kokanee.captioner import Captioner
+from kokanee.cli import app
+from kokanee.formats import read_jsonl
+
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """Messages on one line, whatever the terminal."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+
+
+def kk(*words: Any, code: int = 0) -> Any:
+    result = runner.invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    assert code != 1 or result.stderr.count("Error:") == 1
+    return result
+
+
+@pytest.fixture
+def cap(tiny_checkpoint):
+    return lambda *words, code=0: kk("caption", "--model", tiny_checkpoint, *words, code=code)
+
+
+@pytest.fixture(scope="module")
+def captioner(tiny_checkpoint) -> Captioner:
+    return Captioner.from_pretrained(tiny_checkpoint)
+
+
+@pytest.mark.parametrize("command", ["--help", "caption --help", "world make --help", "--version"])
+def test_help_loads_nothing_heavy(command):
+    code = (
+        "import sys; sys.argv[1:] = sys.argv[1].split(); from kokanee.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as done: assert not done.code\n"
+        "heavy = {'torch', 'transformers', 'av', 'numpy', 'accelerate'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code, command], check=True, capture_output=True)
+
+
+def test_importing_kokanee_loads_no_torch():
+    code = "import sys, kokanee; kokanee.__version__; assert not {'torch', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="Captain"):
+        _ = kokanee.Captain
+
+
+def test_version_and_env_name_the_same_version():
+    assert kk("--version").stdout == f"kokanee {kokanee.__version__}\n"
+    lines = dict(line.split(": ", 1) for line in kk("env").stdout.splitlines())
+    assert lines["kokanee"] == kokanee.__version__
+    assert {"python", "platform", "torch", "transformers", "av", "devices", "ffmpeg"} <= lines.keys()
+    assert "libavcodec" in lines["ffmpeg"] and "cpu" in lines["devices"]
+
+
+def test_env_works_where_packages_are_missing(monkeypatch):
+    for name in ("av", "torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    found = kk("env").stdout
+    assert "devices: torch cannot be imported" in found and "ffmpeg: av cannot be imported" in found
+
+
+def test_one_files_caption_is_all_of_standard_output(cap, captioner, media):
+    found = cap(media / "silent.mp4")
+    assert found.stdout == captioner.caption(media / "silent.mp4").text + "\n"
+    assert "no sound track" in found.stderr
+
+
+def test_options_reach_the_captioner(cap, captioner, media):
+    path = media / "first.mp4"
+    found = cap(path, "--question", "Who?", "--start", 1, "--end", 3, "--video-only", "--max-new-tokens", 5, "-f", "json")
+    record = json.loads(found.stdout)
+    wanted = captioner.caption(path, "Who?", 1, 3, use=("video",), max_new_tokens=5)
+    assert record["captions"][0]["text"] == wanted.text and record["captions"][0]["end_s"] == 3
+    assert record["question"] == "Who?" and record["settings"]["use"] == ["video"]
+    assert "1 of 1 captions cut off at 5 tokens" in found.stderr
+
+
+def test_samples_follow_from_the_seed(cap, captioner, media):
+    path = media / "first.mp4"
+    record = json.loads(cap(path, "--samples", 2, "--seed", 4, "--format", "jsonl").stdout)
+    assert [c["text"] for c in record["captions"]] == [c.text for c in captioner.samples(path, 2, seed=4)]
+    assert cap(path, "--samples", 2, "--seed", 4).stdout.startswith("[sample 1]\n" + record["captions"][0]["text"])
+
+
+def test_subtitles_of_one_file_go_to_standard_output_or_a_file(cap, media, tmp_path):
+    found = cap(media / "first.mp4", "--format", "srt", "--every", 2.5).stdout
+    assert "00:00:00,000 --> 00:00:02,500" in found and "00:00:02,500 --> 00:00:05,000" in found
+    assert cap(media / "first.mp4", "--every", 2.5, "--out", tmp_path / "deep" / "a.srt").stdout == ""
+    assert (tmp_path / "deep" / "a.srt").read_text() == found
+    cap(media / "first.mp4", "--format", "vtt", "--out", tmp_path)
+    assert (tmp_path / "first.vtt").read_text().startswith("WEBVTT\n\n00:00:00.000 --> 00:00:05.000\n")
+
+
+def test_intervals_as_text(cap, media):
+    assert cap(media / "first.mp4", "--every", 2.5).stdout.startswith("[00:00:00.000 - 00:00:02.500]\n")
+
+
+def test_a_folder_becomes_records_and_a_second_run_adds_none(cap, media, tmp_path):
+    out = tmp_path / "out.jsonl"
+    first = cap(media, "--out", out)
+    assert first.stdout == "" and "5 captioned, 0 failed" in first.stderr
+    before = out.read_bytes()
+    assert [Path(record["file"]).name for record in read_jsonl(out)] == sorted(path.name for path in media.iterdir())
+    assert "5 captioned (5 of them before), 0 failed" in cap(media, "--out", out).stderr
+    assert out.read_bytes() == before
+    assert "question: 'Describe the video.' before, 'Why?' now" in cap(media, "-o", out, "-q", "Why?", code=1).stderr
+
+
+def test_several_files_without_out_are_records_on_standard_output(cap, media):
+    found = cap(media / "*.mp4", "--batch-size", 2)
+    assert [Path(json.loads(line)["file"]).name for line in found.stdout.splitlines()] == [
+        "first.mp4",
+        "second.mp4",
+        "silent.mp4",
+    ]
+    text = cap(media / "first.mp4", media / "still.png", "--format", "txt").stdout
+    assert text.startswith(f"{media / 'first.mp4'}\n") and f"\n\n{media / 'still.png'}\n" in text
+
+
+def test_a_folder_of_subtitles_has_one_for_each_clip_and_goes_on_from_its_records(cap, media, tmp_path):
+    clips, out = media / "*.mp4", tmp_path / "subtitles"
+    cap(clips, "--format", "srt", "--every", 2.5, "--out", out)
+    names = ["captions.jsonl", "first.srt", "second.srt", "silent.srt"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    before = (out / "first.srt").read_text()
+    (out / "first.srt").unlink()
+    assert "3 captioned (3 of them before)" in cap(clips, "--format", "srt", "--every", 2.5, "--out", out).stderr
+    assert (out / "first.srt").read_text() == before
+
+
+def test_a_file_that_fails_is_named_recorded_and_changes_the_exit_code(cap, media, tmp_path):
+    bad, out = tmp_path / "bad.mp4", tmp_path / "out.jsonl"
+    bad.write_text("no video")
+    found = cap(media / "first.mp4", bad, "--out", out, code=1)
+    assert "1 captioned, 1 failed" in found.stderr and f"{bad} is not a media file" in found.stderr
+    assert [("error" in record) for record in read_jsonl(out)] == [False, True]
+    assert f"Error: {bad} is not a media file" in cap(bad, code=1).stderr
+
+
+def test_ctrl_c_keeps_what_is_done(cap, media, tmp_path, monkeypatch):
+    answer = Captioner.answer
+    calls = []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return answer(*args)
+
+    monkeypatch.setattr(Captioner, "answer", stopped)
+    found = cap(media, "--out", tmp_path / "out.jsonl", code=130)
+    assert "the same command again goes on" in found.stderr and "Stopped." in found.stderr
+    assert len(read_jsonl(tmp_path / "out.jsonl")) == 2
+    monkeypatch.undo()
+    assert "5 captioned (2 of them before)" in cap(media, "--out", tmp_path / "out.jsonl").stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--audio-only", "--video-only"], "cannot be used together"),
+        (["--format", "mp3"], "mp3"),
+        (["--out", "a.mp4"], "ends in none of txt"),
+        (["--samples", "2", "--format", "srt"], "one caption at a time"),
+        (["--samples", "0"], "samples"),
+        (["--tempo", "3"], "No such option"),
+        (["b.mp4", "--format", "srt"], "need a folder"),
+        (["b.mp4", "--format", "srt", "--out", "a.srt"], "need a folder"),
+        (["--out", "{clip}", "--format", "txt"], "would be overwritten"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_loads_no_model(media, words, reason, monkeypatch):
+    monkeypatch.setattr(Captioner, "from_pretrained", None)
+    clip = str(media / "first.mp4")
+    found = kk("caption", clip, *(word.replace("{clip}", clip) for word in words), code=2)
+    assert reason in found.stderr and found.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--top-p", "2"], "top_p is 2.0"),
+        (["--samples", "2", "--temperature", "0"], "all 2 samples are the same"),
+        (["--model", "no/where/at/all"], "no/where/at/all"),
+        (["--device", "warp9"], "device warp9"),
+        (["--dtype", "int8"], "int8 is no type"),
+        (["--start", "99"], "99 s"),
+    ],
+)
+def test_mistakes_are_one_message_without_a_traceback(cap, media, words, reason):
+    found = cap(media / "first.mp4", *words, code=1)
+    assert reason in found.stderr and "Traceback" not in found.output and found.stdout == ""
+
+
+def test_a_place_that_cannot_be_written_is_one_message(cap, media, tmp_path):
+    (tmp_path / "file").touch()
+    assert "file" in cap(media / "first.mp4", "--out", tmp_path / "file" / "a.txt", code=1).stderr
+
+
+def test_convert_writes_a_checkpoint_that_says_the_same(tiny_checkpoint, captioner, media, tmp_path):
+    assert kk("convert", tiny_checkpoint, tmp_path / "copy").stdout == f"{tmp_path / 'copy'}\n"
+    copied = Captioner.from_pretrained(tmp_path / "copy")
+    assert copied.defaults == captioner.defaults
+    assert copied.caption(media / "first.mp4") == captioner.caption(media / "first.mp4")
+
+
+def test_assemble_says_what_is_missing(tmp_path):
+    assert "qwen" in kk("assemble", "--llm", tmp_path / "qwen", "--whisper", tmp_path, tmp_path / "out", code=1).stderr

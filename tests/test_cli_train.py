@@ -1,0 +1,109 @@
+"""Laws of `kokanee train` and `kokanee world`: recipes with replaced settings, runs that go on, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from test_cli import kk
+
+from kokanee.checkpoints import load
+from kokanee.cli_train import read_settings, which_part
+from kokanee.defaults import Defaults
+from kokanee.errors import KokaneeError
+from kokanee.features import read_store
+from kokanee.formats import read_jsonl
+
+RECIPE: dict[str, Any] = {
+    "stage": "sound encoder",
+    "train": ["audio.encoder"],
+    "steps": 2,
+    "batch_size": 2,
+    "workers": 0,
+    "learning_rate": 0.001,
+    "evaluate_every": 2,
+    "evaluate_batches": 1,
+    "device": "cpu",
+}
+
+
+@pytest.fixture
+def recipe(tiny_checkpoint, tmp_path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, "model": str(tiny_checkpoint)}))
+    return path
+
+
+def test_a_stage_leaves_a_model_that_loads_and_inherits_its_question(recipe, tmp_path):
+    found = kk("train", recipe, "--out", tmp_path / "run")
+    told = json.loads(found.stdout)
+    assert told["model"] == (tmp_path / "run" / "model").as_posix() and told["steps"] == 2
+    assert "validation/loss" in told["figures"] and "step 2: loss" in found.stderr
+    load(tmp_path / "run" / "model")
+    assert Defaults.of(tmp_path / "run" / "model") == Defaults("Describe the video.", 12)
+
+
+def test_a_run_with_other_settings_is_refused(recipe, tmp_path):
+    kk("train", recipe, "--out", tmp_path / "run")
+    found = kk("train", recipe, "--out", tmp_path / "run", "--set", "seed=5", code=1)
+    assert "seed: 0 before, 5 now" in found.stderr
+
+
+def test_settings_are_replaced_by_their_path(recipe):
+    found = read_settings(recipe, ["steps=7", "data.exact=0.5", "train=[visual]", "data.train=a=b"])
+    assert (found.steps, found.data, found.train) == (7, {"exact": 0.5, "train": "a=b"}, ("visual",))
+
+
+def test_wrong_settings_are_named(recipe):
+    for item in ("steps", "=3", "steps=[1"):
+        with pytest.raises(typer.BadParameter):
+            read_settings(recipe, [item])
+    with pytest.raises(KokaneeError, match="unknown setting 'step'"):
+        read_settings(recipe, ["step=3"])
+    with pytest.raises(KokaneeError, match="'steps' is a single value"):
+        read_settings(recipe, ["steps.first=3"])
+    with pytest.raises(KokaneeError, match="batch_size"):
+        read_settings(recipe, ["batch_size=0"])
+
+
+@pytest.mark.slow
+def test_two_processes_leave_one_model_and_a_mistake_in_them_is_one_message(recipe, tmp_path):
+    command = [sys.executable, "-m", "kokanee", "train", recipe, "--out", tmp_path / "run", "--set", "processes=2"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 2
+    load(tmp_path / "run" / "model")
+    done = subprocess.run([*command, "--set", "seed=5"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("seed: 0 before, 5 now") == 1 and "Traceback" not in done.stderr
+
+
+def test_world_clips_are_made_and_made_once(tmp_path):
+    found = kk("world", "make", tmp_path / "clips", "--clips", 1, "--seed", 3, "--split", "test")
+    assert found.stdout == f"{tmp_path / 'clips' / 'samples.jsonl'}\n"
+    before = (tmp_path / "clips" / "samples.jsonl").read_bytes()
+    kk("world", "make", tmp_path / "clips", "--clips", 1, "--seed", 3, "--split", "test")
+    assert (tmp_path / "clips" / "samples.jsonl").read_bytes() == before
+    assert read_jsonl(tmp_path / "clips" / "samples.jsonl")[0]["split"] == "test"
+    assert "seed: 3 there, 4 now" in kk("world", "make", tmp_path / "clips", "--clips", 1, "--seed", 4, "--split", "test", code=1).stderr
+
+
+def test_world_features_are_those_of_the_model(tiny_checkpoint, tmp_path):
+    words = ("world", "features", tiny_checkpoint, tmp_path / "store", "--clips", 2, "--split", "validation")
+    assert kk(*words).stdout == f"{tmp_path / 'store'}\n"
+    assert len(read_store(tmp_path / "store", 2)) == 2
+
+
+def test_parts_are_counted_from_0():
+    assert which_part("1/2") == (1, 2)
+    for text in ("2/2", "1", "a/b", "-1/2", "/2"):
+        with pytest.raises(typer.BadParameter):
+            which_part(text)

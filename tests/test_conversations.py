@@ -1,0 +1,176 @@
+"""Laws of the language stages: what is asked can be answered from what is shown, and packing changes no number."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from kokanee.conversations import ANSWER, CAPTION, MEDIA, Conversations, Mix, by_length
+from kokanee.errors import KokaneeError
+from kokanee.features import read_store
+from kokanee.prefix import IGNORED
+from kokanee.recipes import checked
+from kokanee.world.facts import exact, only
+from kokanee.world.language import parse
+from kokanee.world.scene import sample_scene
+
+EVERYTHING = {"both": 1.0, "seen": 1.0, "heard": 1.0, "text": 1.0}
+
+
+@pytest.fixture
+def make(tiny, tiny_stores):
+    def build(seed: int = 0, model=None, **mix) -> Conversations:
+        return Conversations(model or tiny[0], tiny[1], Mix(**{**tiny_stores, **mix}), seed)
+
+    return build
+
+
+def equal(one, other) -> bool:
+    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def texts(objective: Conversations, sample, role: int, roles) -> list[str]:
+    """The texts with this role, one for each branch that has any."""
+    segments = sample["segments"]
+    found = []
+    for number in range(1, int(segments.max()) + 1):
+        ids = sample["input_ids"][(segments == number) & (roles == role)]
+        if len(ids):
+            found.append(objective.processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
+    return found
+
+
+def test_equal_arguments_give_equal_batches_and_others_give_others(make):
+    objective = make(**EVERYTHING)
+    batch = objective.batch("train", 3, 4)
+    assert equal(batch, objective.batch("train", 3, 4)) and equal(batch, make(**EVERYTHING).batch("train", 3, 4))
+    assert not equal(batch, objective.batch("train", 4, 4)) and not equal(batch, make(1, **EVERYTHING).batch("train", 3, 4))
+
+
+def test_training_batches_come_from_training_clips_and_validation_batches_from_validation_clips(make, tiny_stores):
+    objective = make(both=1.0)
+    for split, store in tiny_stores.items():
+        stored = {clip.stretch.index: clip for clip in read_store(Path(store), 2)}
+        batch = objective.batch(split, 0, 2)
+        visual = torch.cat([stored[index].video_ND for index in batch["sample"].tolist()])
+        assert torch.equal(batch["video_embeds"], visual)
+
+
+
+
+@pytest.mark.parametrize("media", MEDIA)
+def test_the_places_for_media_are_as_many_as_their_tokens(make, media):
+    objective = make(**{media: 1.0})
+    batch, config = objective.batch("train", 0, 3), objective.model.config
+    visual = len(batch["video_embeds"]) if "video_embeds" in batch else 0
+    heard = len(batch["audio_states"]) * config.audio_tokens_per_chunk if "audio_states" in batch else 0
+    assert int((batch["input_ids"] == config.video_token_id).sum()) == visual
+    assert int((batch["input_ids"] == config.audio_token_id).sum()) == heard
+    assert (visual > 0) == (media in ("both", "seen")) and (heard > 0) == (media in ("both", "heard"))
+
+
+@pytest.mark.parametrize("media", MEDIA)
+def test_the_loss_is_that_of_separate_conversations(make, media):
+    """All label tokens count once, as if every conversation had been a sample of its own."""
+    objective = make(**{media: 1.0}).eval()
+    model = objective.model
+    batch = objective.batch("train", 1, 2)
+    with torch.no_grad():
+        loss, stats = objective(batch)
+        media_tokens = {"video_embeds": batch.get("video_embeds"), "audio_embeds": None}
+        if "audio_states" in batch:
+            media_tokens["audio_embeds"] = model.audio.align(batch["audio_states"].float()).flatten(0, 1)
+        total, count = 0.0, 0
+        for row in range(2):
+            segments_L = batch["segments"][row]
+            own = {}
+            for medium in ("video", "audio"):
+                places = (batch["input_ids"] == model.placeholder_id(medium)).sum(1).tolist()
+                if media_tokens[f"{medium}_embeds"] is not None:
+                    own[f"{medium}_embeds"] = media_tokens[f"{medium}_embeds"].float().split(places)[row]
+            for number in range(1, int(segments_L.max()) + 1):
+                place_L = (segments_L == 0) | (segments_L == number)
+                labels = batch["labels"][row, place_L][None]
+                apart = model(
+                    input_ids=batch["input_ids"][row, place_L][None],
+                    position_ids=batch["position_ids"][:, row, place_L][:, None],
+                    labels=labels,
+                    **own,
+                )
+                tokens = int((labels != IGNORED).sum())
+                total, count = total + float(apart.loss) * tokens, count + tokens
+    assert float(loss) == pytest.approx(total / count, abs=1e-5)
+    assert set(stats) == ({"caption", "answer", "answer_tokens"} if media in ("both", "seen") else {"caption"})
+
+
+def test_every_label_is_of_the_caption_or_of_an_answer_and_each_clip_has_one_caption(make):
+    objective, rng = make(**EVERYTHING), random.Random(0)
+    for clip in sum(objective.clips["train"], []):
+        scene = sample_scene("train", clip.stretch.index)
+        for media in MEDIA:
+            sample, roles = objective.sample(scene, clip, media, rng)
+            assert torch.equal(roles > 0, sample["labels"] != IGNORED)
+            assert len(texts(objective, sample, CAPTION, roles)) == 1
+            n_answers = len(texts(objective, sample, ANSWER, roles))
+            assert n_answers == int(sample["segments"].max()) - 1
+            assert n_answers == 0 if media in ("heard", "text") else n_answers <= objective.mix.questions
+
+
+def test_an_exact_caption_tells_all_that_the_shown_sense_can_tell(make):
+    objective = make(both=1.0, exact=1.0, partial=0.0)
+    rng = random.Random(1)
+    for clip in sum(objective.clips["train"], []):
+        scene = sample_scene("train", clip.stretch.index)
+        events = exact(scene, clip.stretch.start_s, clip.stretch.end_s)
+        for media, sense in (("both", "both"), ("seen", "seen"), ("heard", "heard"), ("text", "both")):
+            _, said = objective.caption(scene, clip, media, rng)
+            assert set(parse(said).facts) == {event.fact for event in only(events, sense)}
+
+
+def test_what_is_only_seen_is_never_asked_about_its_sound(make):
+    objective, rng = make(seen=1.0, questions=8), random.Random(2)
+    for clip in sum(objective.clips["train"], []):
+        asked = objective.questions(sample_scene("train", clip.stretch.index), clip, "seen", rng)
+        assert asked and not any(word in question.text for question in asked for word in ("hear", "sound"))
+        assert not any(question.kind in ("sound", "sound count", "pitch", "sync") for question in asked)
+
+
+def test_clips_of_one_batch_have_equal_numbers_of_visual_tokens(make):
+    objective = make(seen=1.0)
+    groups = objective.clips["train"]
+    assert len(groups) > 1 and sum(map(len, groups)) == 6
+    assert all(len({len(clip.video_ND) for clip in group}) == 1 for group in groups)
+    assert by_length(sum(groups, [])) == groups
+
+
+def test_the_share_of_answer_tokens_is_100_where_the_model_always_says_them(make, tiny_model):
+    objective = make(model=tiny_model, both=1.0).eval()
+    batch = objective.batch("train", 0, 1)
+    targets = iter(batch["labels"][0, 1:][batch["labels"][0, 1:] != IGNORED].tolist())
+    tiny_model.lm_head = type(
+        "Says", (torch.nn.Module,), {"forward": lambda self, x: torch.eye(400)[list(targets)] * 50}
+    )()
+    loss, stats = objective(batch)
+    assert float(loss) < 1e-3 and float(stats["answer_tokens"]) == 100.0
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        ({"booth": 1.0}, "unknown setting 'booth' .*'both'"),
+        ({"seen": 0.0}, "leaves no samples"),
+        ({"seen": 1.0, "bias": {"sond": 0.1}}, "bias has no sond"),
+        ({"seen": 1.0, "exact": 1.5}, "exact: "),
+    ],
+)
+def test_a_mix_that_cannot_be_is_refused(tiny_stores, mix, message):
+    with pytest.raises(KokaneeError, match=message):
+        checked(Mix, {**tiny_stores, **mix}, "data")
+
+
+def test_parts_may_be_idle_only_where_some_samples_have_no_sound(make):
+    assert make(both=1.0, seen=0.1).idle_parts and make(heard=1.0, text=1.0).idle_parts
+    assert not make(both=1.0, heard=1.0).idle_parts and not make(seen=1.0, text=1.0).idle_parts

@@ -1,0 +1,100 @@
+"""Laws of the exam: marks are what the judge says, and watching a file is what the processor makes of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from kokanee import exam as exam_module
+from kokanee.errors import KokaneeError
+from kokanee.exam import answers, exam, facts_in, mark, watch
+from kokanee.formats import read_jsonl
+from kokanee.processor import Turn
+from kokanee.world.facts import Fact, exact
+from kokanee.world.make import make
+from kokanee.world.scene import sample_scene
+from kokanee.world.score import judge, rates
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    make(folder, 3, split="test", size_px=48, fps=8.0, questions=2, annotators=1)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch):
+    monkeypatch.setattr(exam_module, "CAPTION_TOKENS", 6)
+    monkeypatch.setattr(exam_module, "ANSWER_TOKENS", 3)
+
+
+def test_marks_of_captions_are_worked_out_by_hand():
+    bell = (Fact("sound", ("bell",), ""), Fact("pitch", ("bell",), "high"))
+    star = (Fact("figure", ("red", "star"), ""),)
+    marks = mark("hand", [bell, star], ["A drum beats.", "There is a red star. There is a red star."])
+    assert marks.rates == rates([judge(bell, "A drum beats."), judge(star, "There is a red star.")])
+    assert marks.sounds_told == 0.0 and marks.words == pytest.approx((3 + 10) / 2) and marks.answers is None
+    told = mark("hand", [bell], ["A bell rings."])
+    assert told.sounds_told == 100.0 and told.rates.missed == 50.0 and told.rates.hall == 0.0
+
+
+def test_no_caption_misses_everything():
+    facts = [event.fact for event in exact(sample_scene("test", 0))]
+    marks = mark("silent", [facts], [""])
+    assert (marks.rates.missed, marks.rates.hall, marks.repetition, marks.words) == (100.0, 0.0, 0.0, 0.0)
+    as_dict = marks.as_dict()
+    assert as_dict["total"] == 100.0 and json.loads(json.dumps(as_dict)) == as_dict
+
+
+def test_a_records_facts_are_those_of_its_scene(clips):
+    for index, record in enumerate(read_jsonl(clips / "samples.jsonl")):
+        assert facts_in(record) == [event.fact for event in exact(sample_scene("test", index))]
+
+
+def test_the_exam_marks_annotators_and_model_and_counts_right_answers(tiny, clips, monkeypatch):
+    records = read_jsonl(clips / "samples.jsonl")
+    right = {question["question"]: question["answer"] for record in records for question in record["questions"]}
+
+    def told(model, processor, asked, max_new_tokens, temperature):
+        return [right[text].upper() if text in right else "There is a red star." for _, text in asked]
+
+    monkeypatch.setattr(exam_module, "answers", told)
+    reports = []
+    found, captions = exam(*tiny, clips, 3, batch_size=2, report=lambda done, total: reports.append((done, total)))
+    truths = [facts_in(record) for record in records]
+    assert captions == ["There is a red star."] * 3 and reports == [(2, 3), (3, 3)]
+    assert found[0] == mark("annotators", truths, [record["captions_annotated"][0] for record in records])
+    assert found[1].rates == mark("model", truths, captions).rates
+    assert found[1].answers == 100.0 and set(found[1].answers_by_kind.values()) == {100.0}
+
+
+def test_an_exam_is_the_same_every_time_and_its_batches_change_nothing(tiny, clips):
+    once = exam(*tiny, clips, 3, batch_size=3)
+    assert once == exam(*tiny, clips, 3, batch_size=3) == exam(*tiny, clips, 3, batch_size=1)
+    drawn = [exam(*tiny, clips, 2, temperature=1.5, seed=seed)[1] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_answers_about_what_was_watched_are_those_about_the_file(tiny, clips):
+    model, processor = tiny
+    path, question = clips / "00001.mp4", "What happens in the video?"
+    sample = processor.prepare(processor.read(path), [Turn("user", question)])
+    batch = processor.collate([{name: value for name, value in sample.items()}], padding_side="left")
+    batch.pop("labels")
+    with torch.no_grad():
+        out = model.generate(**batch, max_new_tokens=5, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    wanted = processor.tokenizer.batch_decode(out, skip_special_tokens=True)[0].strip()
+    views = [watch(model, processor, path), watch(model, processor, clips / "00000.mp4")]
+    said = answers(model, processor, [(views[0], question), (views[1], question)], 5, 0.0)
+    assert said[0] == wanted
+
+
+def test_a_folder_with_too_few_clips_or_no_annotators_is_refused(tiny, clips, tmp_path):
+    with pytest.raises(KokaneeError, match="has 3 clips, not 4"):
+        exam(*tiny, clips, 4)
+    make(tmp_path, 1, split="test", size_px=48, fps=8.0, annotators=0)
+    with pytest.raises(KokaneeError, match="without an annotator"):
+        exam(*tiny, tmp_path, 1)

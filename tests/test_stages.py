@@ -1,0 +1,133 @@
+"""Laws of the stages: from a file of sizes to a trained model in a folder, the same every time."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from kokanee.checkpoints import load
+from kokanee.errors import KokaneeError
+from kokanee.recipes import Recipe
+from kokanee.stages import fresh_model, make_objective, run_stage, world_texts
+from kokanee.train import CHECKPOINT, choose
+
+COMMON = {"steps": 3, "batch_size": 2, "workers": 0, "learning_rate": 0.01, "evaluate_batches": 1, "device": "cpu"}
+PARTS = {
+    "visual encoder": ("visual",),
+    "sound encoder": ("audio.encoder",),
+    "conversations": ("language_model", "lm_head", "audio.qformer", "audio.queries", "audio.projection"),
+}
+
+
+@pytest.fixture
+def recipe(tiny_yaml, tiny_stores):
+    def build(stage: str, **replaced) -> Recipe:
+        data = {**tiny_stores, "both": 1.0} if stage == "conversations" else {}
+        settings = {"stage": stage, "model": str(tiny_yaml), "train": PARTS[stage], "data": data, **COMMON}
+        return Recipe(**{**settings, **replaced})
+
+    return build
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def differing(one, other) -> set[str]:
+    assert set(one) == set(other)
+    return {name for name in one if not torch.equal(one[name], other[name])}
+
+
+def test_equal_files_give_equal_models_and_another_seed_another(tiny, tiny_yaml, tmp_path):
+    model, processor = fresh_model(tiny_yaml)
+    assert not differing(weights(model), weights(tiny[0]))
+    assert processor.tokenizer.get_vocab() == tiny[1].tokenizer.get_vocab()
+    assert processor.config == tiny[1].config
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump({**yaml.safe_load(tiny_yaml.read_text()), "seed": 1}))
+    assert differing(weights(fresh_model(tmp_path / "other.yaml")[0]), weights(model))
+
+
+def test_a_fresh_model_knows_every_token_and_ends_its_turns(tiny):
+    model, processor = tiny
+    assert model.config.text_config.vocab_size == len(processor.tokenizer) == 320
+    ids = processor.tokenizer.get_added_vocab()
+    assert model.generation_config.eos_token_id == ids["<|im_end|>"]
+    assert (model.config.video_token_id, model.config.audio_token_id) == (ids["<|video_pad|>"], ids["<|audio_pad|>"])
+
+
+def test_the_tokenizer_is_learnt_from_training_scenes_alone_and_always_the_same():
+    assert world_texts(3) == world_texts(3) and world_texts(2) == world_texts(3)[: len(world_texts(2))]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modell": {}}, "unknown setting 'modell' .*'model'"),
+        ({"tokenizer": {"vocab_size": 300}}, r"tokenizer\.captions: Field required"),
+        ({"processor": {"patchsize": 8}}, "patch_size"),
+        ({"model": {"text_config": {"hiden_size": 32}}}, "Did you mean 'hidden_size'"),
+    ],
+)
+def test_a_wrong_setting_of_a_fresh_model_is_named(tiny_yaml, tmp_path, change, message):
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump({**yaml.safe_load(tiny_yaml.read_text()), **change}))
+    with pytest.raises(KokaneeError, match=message):
+        fresh_model(tmp_path / "wrong.yaml")
+
+
+@pytest.mark.parametrize("stage", PARTS)
+def test_a_killed_stage_goes_on_bit_for_bit_and_changes_only_its_parts(recipe, tiny, tmp_path, stage):
+    settings = recipe(stage, save_every=1)
+    figures = run_stage(settings, tmp_path / "whole")
+
+    def stop(step: int, figures: dict[str, float]) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(settings, tmp_path / "parts", stop)
+    assert not (tmp_path / "parts" / "model").exists()
+    again = run_stage(settings, tmp_path / "parts")
+    assert {**figures, "steps_per_s": 0} == {**again, "steps_per_s": 0}
+    whole, parts = (load_file(tmp_path / name / CHECKPOINT) for name in ("whole", "parts"))
+    assert not differing(whole, parts)
+    model, processor = load(tmp_path / "whole" / "model", dtype="float32")
+    changed = differing(weights(model), weights(tiny[0]))
+    assert changed and all(name.startswith(PARTS[stage]) for name in changed)
+    assert processor.config == tiny[1].config
+
+
+@pytest.mark.parametrize("stage", PARTS)
+def test_every_trained_weight_gets_a_gradient(recipe, tiny, stage):
+    """Otherwise processes that share the work would wait for it, or stop."""
+    settings = recipe(stage)
+    objective = make_objective(settings, copy.deepcopy(tiny[0]), tiny[1])
+    trained = choose(objective, settings.train)
+    objective(objective.batch("train", 0, 4))[0].backward()
+    assert [name for name, parameter in trained.items() if parameter.grad is None] == []
+
+
+def test_a_stage_goes_on_from_the_model_of_the_one_before(recipe, tmp_path):
+    run_stage(recipe("visual encoder", steps=1), tmp_path / "1")
+    run_stage(recipe("sound encoder", steps=1, model=str(tmp_path / "1" / "model")), tmp_path / "2")
+    first, second = (weights(load(tmp_path / name / "model", dtype="float32")[0]) for name in ("1", "2"))
+    assert all(name.startswith("audio.encoder.") for name in differing(first, second))
+
+
+def test_the_same_recipe_gives_the_same_run_whatever_ran_before(recipe, tmp_path):
+    settings = recipe("sound encoder", steps=1)
+    run_stage(settings, tmp_path / "one")
+    torch.rand(3)
+    run_stage(settings, tmp_path / "two")
+    one, two = (load_file(tmp_path / name / CHECKPOINT) for name in ("one", "two"))
+    assert not differing(one, two)
+
+
+def test_settings_of_samples_that_a_stage_has_not_are_refused(recipe):
+    with pytest.raises(KokaneeError, match="'sound encoder' makes its samples from scenes.*seen"):
+        run_stage(recipe("sound encoder", data={"seen": 1.0}), None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(KokaneeError, match="unknown setting 'trainn'"):
+        run_stage(recipe("conversations", data={"trainn": "x"}), None)  # pyright: ignore[reportArgumentType]
