@@ -130,8 +130,9 @@ def tiny_checkpoint(tiny, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def media(tmp_path_factory) -> Path:
     """A folder with first.mp4 (5 s), second.mp4 (3 s), silent.mp4 (2 s), sound.wav (2.5 s) and still.png."""
-    from media_files import encode, moving_frames, tones
     from PIL import Image
+
+    from media_files import encode, moving_frames, tones
 
     folder = tmp_path_factory.mktemp("media")
     encode(folder / "first.mp4", moving_frames(60), fps=12, sound=tones(5.0))

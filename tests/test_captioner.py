@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -109,7 +110,9 @@ def test_intervals_say_what_each_says_alone(captioner, media, batch_size):
 
 
 def test_a_sound_file_has_intervals_too_and_an_image_has_none(captioner, media):
-    assert [caption.end_s for caption in captioner.every(media / "sound.wav", 1.5)] == pytest.approx([1.5, 2.5], abs=0.1)
+    assert [caption.end_s for caption in captioner.every(media / "sound.wav", 1.5)] == pytest.approx(
+        [1.5, 2.5], abs=0.1
+    )
     with pytest.raises(KokaneeError, match="still image"):
         list(captioner.every(media / "still.png", 1.0))
     with pytest.raises(KokaneeError, match="still image"):
@@ -134,7 +137,7 @@ def test_intervals_cover_the_time_without_gaps_and_a_short_rest_joins_the_last(s
 def test_intervals_of_a_tenth_are_not_lost_to_rounding():
     found = intervals(0.0, 1.0, 0.1)
     assert len(found) == 10 and found[-1][1] == 1.0
-    assert all(before[1] == after[0] for before, after in zip(found[:-1], found[1:], strict=True))
+    assert all(before[1] == after[0] for before, after in pairwise(found))
 
 
 @pytest.mark.parametrize(("start_s", "every_s"), [(0, 0), (0, float("nan")), (0, -1), (25, 10), (30, 10)])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from kokanee import checkpoints
 from kokanee.errors import KokaneeError
-from tiny import tiny_model, tiny_processor
+from tiny import tiny_model, tiny_processor, tiny_sample
 
 GOLDEN = Path(__file__).parent / "golden" / "salmonn2plus"
 WEIGHTS = "model.safetensors"
@@ -73,6 +73,16 @@ def test_the_type_is_the_stored_one_unless_another_is_asked_for(own):
     assert_same(small, tiny_model().to(torch.bfloat16))
     with pytest.raises(KokaneeError, match="float17"):
         checkpoints.load(own, dtype="float17")
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto", {"": "cpu", "visual": "cpu"}], ids=str)
+def test_the_model_is_the_same_wherever_its_parts_are_placed(own, device):
+    model, processor = checkpoints.load(own, device=device)
+    assert_same(model, tiny_model())
+    batch = processor.collate([tiny_sample("av")])
+    batch.pop("labels")
+    settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    assert model.generate(**batch, **settings).tolist() == tiny_model().generate(**batch, **settings).tolist()
 
 
 def test_settings_of_the_processor_can_be_replaced(own):

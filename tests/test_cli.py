@@ -86,7 +86,9 @@ def test_one_files_caption_is_all_of_standard_output(cap, captioner, media):
 
 def test_options_reach_the_captioner(cap, captioner, media):
     path = media / "first.mp4"
-    found = cap(path, "--question", "Who?", "--start", 1, "--end", 3, "--video-only", "--max-new-tokens", 5, "-f", "json")
+    found = cap(
+        path, "--question", "Who?", "--start", 1, "--end", 3, "--video-only", "--max-new-tokens", 5, "-f", "json"
+    )
     record = json.loads(found.stdout)
     wanted = captioner.caption(path, "Who?", 1, 3, use=("video",), max_new_tokens=5)
     assert record["captions"][0]["text"] == wanted.text and record["captions"][0]["end_s"] == 3

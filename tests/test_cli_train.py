@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from test_cli import kk
 
 from kokanee.checkpoints import load
 from kokanee.cli_train import read_settings, which_part
@@ -20,6 +19,7 @@ from kokanee.defaults import Defaults
 from kokanee.errors import KokaneeError
 from kokanee.features import read_store
 from kokanee.formats import read_jsonl
+from test_cli import kk
 
 RECIPE: dict[str, Any] = {
     "stage": "sound encoder",
@@ -93,7 +93,10 @@ def test_world_clips_are_made_and_made_once(tmp_path):
     kk("world", "make", tmp_path / "clips", "--clips", 1, "--seed", 3, "--split", "test")
     assert (tmp_path / "clips" / "samples.jsonl").read_bytes() == before
     assert read_jsonl(tmp_path / "clips" / "samples.jsonl")[0]["split"] == "test"
-    assert "seed: 3 there, 4 now" in kk("world", "make", tmp_path / "clips", "--clips", 1, "--seed", 4, "--split", "test", code=1).stderr
+    assert (
+        "seed: 3 there, 4 now"
+        in kk("world", "make", tmp_path / "clips", "--clips", 1, "--seed", 4, "--split", "test", code=1).stderr
+    )
 
 
 def test_world_features_are_those_of_the_model(tiny_checkpoint, tmp_path):

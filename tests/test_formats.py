@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kokanee.errors import KokaneeError
-from kokanee.formats import append_jsonl, read_jsonl, replaced_file, write_json, write_text
+from kokanee.formats import append_jsonl, differences, read_jsonl, replaced_file, write_json, write_text
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -59,3 +59,7 @@ def test_a_broken_line_is_named(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(KokaneeError, match=r"none.jsonl is not there"):
         read_jsonl(tmp_path / "none.jsonl")
+
+
+def test_differences_name_both_sides():
+    assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": None}) == ["b: 2 before, 3 now"]

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model, tiny_processor, tiny_sample
 
 from kokanee.errors import KokaneeError
 from kokanee.generation import NO_TOKEN, Decoding, TextStream, answers, choose, end_ids, steps, stream_seed, text_of
+from tiny import tiny_model, tiny_processor, tiny_sample
 
 KINDS = ("av", "video", "audio", "image", "text")
 VOCABULARY, END = 6, 5

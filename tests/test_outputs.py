@@ -17,7 +17,6 @@ from kokanee.outputs import (
     as_vtt,
     caption_record,
     clock,
-    differences,
     error_record,
     read_records,
 )
@@ -69,10 +68,6 @@ def test_a_file_of_something_else_is_refused(tmp_path, line):
         read_records(path)
 
 
-def test_differences_name_both_sides():
-    assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": None}) == ["b: 2 before, 3 now"]
-
-
 def test_a_single_caption_is_text_alone():
     assert as_txt(record(made())) == "A dog barks.\n"
 
@@ -86,9 +81,7 @@ def test_several_captions_say_which_they_are():
 def test_subtitles_are_those_of_the_formats():
     parts = record(made("one"), made("two", 2.5, 3725.0004))
     assert as_srt(parts) == "1\n00:00:00,000 --> 00:00:02,500\none\n\n2\n00:00:02,500 --> 01:02:05,000\ntwo\n"
-    assert as_vtt(parts) == (
-        "WEBVTT\n\n00:00:00.000 --> 00:00:02.500\none\n\n00:00:02.500 --> 01:02:05.000\ntwo\n"
-    )
+    assert as_vtt(parts) == ("WEBVTT\n\n00:00:00.000 --> 00:00:02.500\none\n\n00:00:02.500 --> 01:02:05.000\ntwo\n")
 
 
 def test_a_caption_cannot_break_its_cue():
@@ -108,7 +101,8 @@ def test_subtitles_need_one_caption_at_a_time_and_a_length():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "00:00:00,000"), (59.9996, "00:01:00,000"), (3599.999, "00:59:59,999"), (90000, "25:00:00,000")]
+    ("seconds", "text"),
+    [(0, "00:00:00,000"), (59.9996, "00:01:00,000"), (3599.999, "00:59:59,999"), (90000, "25:00:00,000")],
 )
 def test_clock_carries_over(seconds, text):
     assert clock(seconds, ",") == text

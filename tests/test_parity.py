@@ -23,7 +23,7 @@ def test_every_golden_quantity_is_within_its_limit(group):
 
 def test_a_wrong_weight_is_noticed():
     golden = parity.Golden(GOLDEN)
-    golden.model.audio.queries.data.mul_(1.01)
+    golden.model.audio.projection.weight.data.mul_(1.01)
     assert [row.quantity for row in parity.encoder_rows(golden) if not row.passed] == [
         "audio tokens, short",
         "audio tokens, mid",

@@ -19,6 +19,7 @@ from kokanee.weights import (
     read_tensors,
     stored_shapes,
     stored_type,
+    usable,
     weight_files,
 )
 from tiny import tiny_config, tiny_model
@@ -96,6 +97,7 @@ def test_keys_pair_off_exactly():
         ({"A": (1,)}, r"lacks 1 weights \(b\)"),
         ({"A": (1,), "B": (2,), "C": (1,)}, r"no place for \(C\)"),
         ({"A": (1,), "B": (3,)}, r"B is \(3,\), not \(2,\)"),
+        ({"A": (1,), "a": (1,), "B": (2,)}, r"2 weights claim the same places \(A, a\)"),
         ({"C": (1,)}, r"lacks 2 weights \(a, b\); it has 1 weights"),
     ],
 )
@@ -143,3 +145,10 @@ def test_auto_finds_a_place_for_every_weight():
     places = placed(model, "auto", torch.float32)
     assert all(place_of(name, places) is not None for name, _ in model.named_parameters())
     assert placed(model, "cpu", torch.float32) == {"": torch.device("cpu")}
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device, reason in (("toaster", "no device"), ("cuda:1", "no CUDA GPU")):
+        with pytest.raises(KokaneeError, match=reason):
+            usable(device)

@@ -13,9 +13,9 @@ from typing import Any
 
 from kokanee.captioner import BOTH, Caption, Captioner, How, Prepared, Request, check_samples, groups
 from kokanee.errors import KokaneeError
-from kokanee.formats import append_jsonl
+from kokanee.formats import append_jsonl, differences
 from kokanee.generation import Decoding
-from kokanee.outputs import Record, caption_record, differences, error_record, read_records
+from kokanee.outputs import Record, caption_record, error_record, read_records
 
 COMPARED = ("model", "question")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -14,6 +13,7 @@ import typer
 
 from kokanee.console import bar
 from kokanee.errors import KokaneeError
+from kokanee.launch import is_main, is_worker, launch, leave_to_launcher
 
 if TYPE_CHECKING:
     from kokanee.recipes import Recipe
@@ -39,14 +39,20 @@ def train(
 ) -> None:
     """Train one stage of a recipe; the model is left in OUT/model."""
     settings = read_settings(recipe, set_ or [])
-    if settings.processes > 1 and "RANK" not in os.environ:
-        raise typer.Exit(launch(settings.processes, recipe, out, set_ or []))
+    if settings.processes > 1 and not is_worker():
+        sets = [word for item in set_ or [] for word in ("--set", item)]
+        raise typer.Exit(launch(settings.processes, ["train", str(recipe), "--out", str(out), *sets]))
     from kokanee.defaults import inherit
     from kokanee.stages import run_stage
 
-    with stage_progress(settings.steps) as report:
-        figures = run_stage(settings, out, report)
-    if int(os.environ.get("RANK", "0")) == 0:
+    try:
+        with stage_progress(settings.steps) as report:
+            figures = run_stage(settings, out, report)
+    except KokaneeError as error:
+        if leave_to_launcher(error):
+            raise typer.Exit(1) from error
+        raise
+    if is_main():
         inherit(settings.model, out / "model")
         typer.echo(json.dumps({"model": (out / "model").as_posix(), "steps": settings.steps, "figures": figures}))
 
@@ -75,30 +81,10 @@ def read_settings(recipe: Path, replaced: Sequence[str]) -> Recipe:
     return read_recipe(recipe, **settings)
 
 
-def launch(processes: int, recipe: Path, out: Path, replaced: Sequence[str]) -> int:
-    """Run this command again as several processes, with torch's launcher; the exit code."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
-
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sets = [word for item in replaced for word in ("--set", item)]
-    command = ["train", str(recipe), "--out", str(out), *sets]
-    launcher = ["--standalone", "--nproc-per-node", str(processes), "--module", "kokanee", *command]
-    try:
-        run(parse_args(launcher))
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if 0 < failure.exitcode < 128 else 1
-    except SignalException:
-        raise KeyboardInterrupt from None
-    return 0
-
-
 @contextmanager
 def stage_progress(steps: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
     """A bar on standard error for the steps of a stage, with the latest figures; evaluations are lines that stay."""
-    with bar("{task.fields[figures]}") as progress:
+    with bar("{task.fields[figures]}", hidden=not is_main()) as progress:
         task = progress.add_task("train", total=steps, figures="")
 
         def report(step: int, figures: dict[str, float]) -> None:
@@ -154,6 +140,42 @@ def make_features(
 
         fill_store(loaded, processor, out, split.value, clips, seed, share_cut, share, report)
     typer.echo(out.as_posix())
+
+
+@world.command("exam")
+def take_exam(
+    folder: Annotated[Path, typer.Argument(help="Clips that `kokanee world make --split test` wrote.")],
+    model: Annotated[str, typer.Option(help="nano, a folder, or a hub name.")] = "nano",
+    clips: Annotated[int, typer.Option(min=1, help="How many of the clips.")] = 500,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the captions; answers are always greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the random numbers, where the temperature is above 0.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON file for all marks and captions.")] = None,
+) -> None:
+    """Caption and question clips whose truth is known, and mark what came out beside what annotators wrote."""
+    from kokanee.checkpoints import load
+    from kokanee.exam import exam
+    from kokanee.formats import write_json
+
+    loaded, processor = load(model, dtype="float32")
+    with bar() as progress:
+        task = progress.add_task("clips", total=clips)
+
+        def report(done: int, _: int) -> None:
+            progress.update(task, completed=done)
+
+        marks, captions = exam(loaded, processor, folder, clips, temperature=temperature, seed=seed, report=report)
+    if out is not None:
+        settings = {"model": model, "clips": clips, "temperature": temperature, "seed": seed}
+        write_json(out, {"settings": settings, "marks": [mark.as_dict() for mark in marks], "captions": captions})
+    typer.echo("| | Miss | Incorrect | Hallucinated | Total | sounds told | repetition | words | QA |")
+    typer.echo("|---|---|---|---|---|---|---|---|---|")
+    for mark in marks:
+        rates = mark.rates
+        row = (rates.missed, rates.incorrect, rates.hallucinated, rates.total, mark.sounds_told, mark.repetition)
+        answers = "" if mark.answers is None else f"{mark.answers:.1f}"
+        typer.echo(f"| {mark.name} | {' | '.join(f'{value:.1f}' for value in row)} | {mark.words:.1f} | {answers} |")
+    for kind, value in marks[-1].answers_by_kind.items():
+        typer.echo(f"{kind}: {value:.1f}", err=True)
 
 
 def which_part(text: str) -> tuple[int, int]:

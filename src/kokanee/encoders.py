@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kokanee.attention import SEGMENT_ATTENTION
 from kokanee.model import Kokanee
 from kokanee.processor import RATE_HZ, Processor
 from kokanee.train import Batch, Objective, Stats
@@ -31,10 +30,13 @@ RARITY = 10.0  # about one moving figure in thirty spins
 
 
 class VisualLabels(Objective):
-    """Cell by cell: is there a figure, its colour and shape, where and how large it is and how that changes; and the
-    background and the light. The tower's visual tokens are the cells."""
+    """Cell by cell: which cell is it, is there a figure, its colour and shape, where and how large it is and how that
+    changes; and the background and the light. The tower's visual tokens are the cells.
 
-    sizes: ClassVar = {
+    A token has to say which cell it is because the tower knows relative places only, and a small language model is slow
+    to find out places from the order of tokens (docs/log.md)."""
+
+    parts: ClassVar = {
         "present": 1,
         "colour": len(COLOURS),
         "shape": len(SHAPES),
@@ -47,10 +49,10 @@ class VisualLabels(Objective):
     def __init__(self, model: Kokanee, processor: Processor, seed: int) -> None:
         super().__init__()
         self.model, self.processor, self.seed = model, processor, seed
-        model.visual.config._attn_implementation = SEGMENT_ATTENTION
-        self.head = nn.Linear(model.config.text_config.hidden_size, sum(self.sizes.values()))
         self.side_px = square_side_px(processor, 2)
         self.cells = self.side_px // (processor.config.patch_size * processor.config.merge_size)
+        self.sizes = {**self.parts, "cell": self.cells**2}
+        self.head = nn.Linear(model.config.text_config.hidden_size, sum(self.sizes.values()))
 
     def batch(self, split: Split, number: int, size: int) -> Batch:
         """`size` moments of as many scenes, each two frames long: patches and labels. Equal arguments, equal batch."""
@@ -79,7 +81,9 @@ class VisualLabels(Objective):
         present_BG = said["present"][..., 0]
         background_BC, dark_B = said["background"].mean(1), said["dark"].mean(1)[:, 0]
         loss = 4 * functional.binary_cross_entropy_with_logits(present_BG, batch["present"])
-        right = {"present": (present_BG > 0) == there_BG}
+        cells_BG = torch.arange(self.cells**2, device=there_BG.device).expand_as(there_BG)
+        loss = loss + 3 * functional.cross_entropy(said["cell"].flatten(0, 1), cells_BG.flatten())
+        right = {"present": (present_BG > 0) == there_BG, "cell": said["cell"].argmax(-1) == cells_BG}
         if bool(there_BG.any()):
             truth = {name: batch[name][there_BG] for name in ("colour", "shape", "geometry", "spins")}
             figures_loss, figures_right = self.figures({name: said[name][there_BG] for name in truth}, truth)

@@ -7,6 +7,7 @@ height, width.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLTextModel,
 )
 
+from kokanee.attention import SEGMENT_ATTENTION
 from kokanee.audio import AudioBranch
 from kokanee.config import KokaneeConfig
 from kokanee.errors import KokaneeError
@@ -59,11 +61,11 @@ class Kokanee(PreTrainedModel, GenerationMixin):
     .lm_head         width -> vocabulary
 
     `forward` takes a batch made by `Processor.collate`: input_ids, attention_mask (B, L), position_ids (3, B, L) and
-    labels (B, L; -100 = ignored), and the media of the whole batch in sample order, raw or as embeddings (N, H). `.loss` (with
-    labels) is the mean cross-entropy over the label tokens. `.logits` is (B, L, V); with `logits_to_keep=k` only of the
-    last k positions, with a tensor of indices only of those. With labels and no `logits_to_keep`, logits are made at
-    label positions alone and `.logits` is None; `logits_to_keep=0` asks for all of them. `KokaneeError` is raised where
-    placeholders and media disagree, or media come without positions.
+    labels (B, L; -100 = ignored), and the media of the whole batch in sample order, raw or as embeddings (N, H).
+    `.loss` (with labels) is the mean cross-entropy over the label tokens. `.logits` is (B, L, V); with
+    `logits_to_keep=k` only of the last k positions, with a tensor of indices only of those. With labels and no
+    `logits_to_keep`, logits are made at label positions alone and `.logits` is None; `logits_to_keep=0` asks for all.
+    `KokaneeError` is raised where placeholders and media disagree, or media come without positions.
 
     `generate` continues each prompt's positions from its last token, in all three rows, as in training.
     """
@@ -87,7 +89,10 @@ class Kokanee(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: KokaneeConfig) -> None:
         super().__init__(config)
-        self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
+        # Its own copy of the config, as the name of its attention means nothing to other models.
+        self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(copy.deepcopy(config.vision_config))
+        if self.visual.config._attn_implementation == "sdpa":
+            self.visual.config._attn_implementation = SEGMENT_ATTENTION
         self.visual.patch_embed.proj = PatchProjection.like(self.visual.patch_embed.proj)
         self.audio = AudioBranch(
             config.audio_config,

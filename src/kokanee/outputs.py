@@ -85,15 +85,6 @@ def read_records(path: Path) -> dict[str, Record]:
     return found
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two sets of settings, a phrase each."""
-    return [
-        f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
-        for key in dict.fromkeys((*before, *now))
-        if before.get(key) != now.get(key)
-    ]
-
-
 def as_txt(record: Record) -> str:
     """The text alone; where there are several captions, each after its interval and its number."""
     captions = record["captions"]

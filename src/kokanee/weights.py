@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -111,14 +112,18 @@ def check_keys(
 
     Keys for which `dropped` holds are left out and logged by name. Raises `KokaneeError` naming the keys otherwise.
     """
-    leave_out = sorted(key for key in stored if dropped(key))
-    if leave_out:
-        logger.info("%s: %d weights have no use here and are left out: %s", what, len(leave_out), listed(leave_out))
-    renamed = {key: rename(key) for key in stored if key not in set(leave_out)}
+    left_out = [key for key in stored if dropped(key)]
+    if left_out:
+        logger.info("%s: %d weights have no use here and are left out: %s", what, len(left_out), listed(left_out))
+    renamed = {key: rename(key) for key in stored if not dropped(key)}
     names = {key: name for key, name in renamed.items() if name in expected}
     unknown = sorted(set(renamed) - set(names))
     missing = sorted(set(expected) - set(names.values()))
+    counts = Counter(names.values())
+    twice = sorted(key for key, name in names.items() if counts[name] > 1)
     problems = []
+    if twice:
+        problems.append(f"{len(twice)} weights claim the same places ({listed(twice)})")
     if missing:
         problems.append(f"it lacks {len(missing)} weights ({listed(missing)})")
     if unknown:
@@ -147,9 +152,24 @@ def placed(model: Kokanee, device: Device, dtype: torch.dtype) -> dict[str, str 
     if isinstance(device, dict):
         return dict(device)
     if str(device) != "auto":
-        return {"": torch.device(device)}
+        return {"": usable(device)}
     model.tie_weights()
     return infer_auto_device_map(model, no_split_module_classes=list(Kokanee._no_split_modules), dtype=dtype)
+
+
+def usable(device: str | torch.device) -> torch.device:
+    """The torch device; `KokaneeError` if there is no such device here."""
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise KokaneeError(
+            f"{device} is no device ({error}). Give 'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'."
+        ) from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise KokaneeError(
+            "PyTorch finds no CUDA GPU here. Give device 'cpu', or install a PyTorch built for your GPU."
+        )
+    return place
 
 
 def place_of(name: str, places: dict[str, str | int | torch.device]) -> str | int | torch.device:

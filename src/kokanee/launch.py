@@ -1,0 +1,54 @@
+"""One command as several processes on this machine, with torch's launcher; a mistake in them is told once, by it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+
+from kokanee.errors import KokaneeError
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+
+
+def is_worker() -> bool:
+    """Whether a launcher started this process."""
+    return "RANK" in os.environ
+
+
+def is_main() -> bool:
+    """Whether this process speaks for all: the only one, or the first of several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def launch(processes: int, command: Sequence[str]) -> int:
+    """Run `kokanee COMMAND` as several processes; the exit code. Raises the `KokaneeError` that one of them left."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        run(parse_args(["--standalone", "--nproc-per-node", str(processes), "--module", "kokanee", *command]))
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        told = failure.error_file_data.get("message")
+        if isinstance(told, str) and told:
+            raise KokaneeError(told) from None
+        return failure.exitcode if 0 < failure.exitcode < 128 else 1
+    except SignalException:
+        raise KeyboardInterrupt from None
+    return 0
+
+
+def leave_to_launcher(error: KokaneeError) -> bool:
+    """Give an error to the launcher, which tells it once; False where there is none."""
+    path = os.environ.get(ERROR_FILE)
+    if not path:
+        return False
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({"message": str(error), "timestamp": int(time.time())}, file)
+    return True
