@@ -60,13 +60,18 @@ def main() -> None:
         for name, command in rows.items():
             results[name].append(run(command))
         work.append(float(run([sys.executable, "-c", WORK.format(clip=given.clip)])[2]))
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, ", end="")
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, ",
+        end="",
+    )
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {given.repeats} runs\n")
     print("| what | seconds, median (least to most) | peak memory, MB |\n|---|---|---|")
     for name, found in results.items():
         seconds = [one[0] for one in found]
         memory = statistics.median(one[1] for one in found)
-        print(f"| {name} | {statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | {memory:.0f} |")
+        print(
+            f"| {name} | {statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | {memory:.0f} |"
+        )
     spread = f"{statistics.median(work):.2f} ({min(work):.2f} to {max(work):.2f})"
     print(f"| reading, encoding and captioning alone, in a warm process | {spread} | |")
 

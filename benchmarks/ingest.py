@@ -207,6 +207,7 @@ def measure(readers: dict[str, Reader], paths: dict[int, str], threads: int, rep
                 else:
                     cpu_s[name, (rate, gop)].append(cpu)
                     wall_s[name, (rate, gop)].append(wall)
+                del got
     title = "All cores" if threads == 0 else f"{threads} thread"
     print(f"\n### {title}: CPU s (least-most) / wall s, medians of {repeats}\n")
     print("| reader | " + " | ".join(f"{rate}, GOP {gop}" for rate, gop in cells) + " | pixels / sound differ by |")

@@ -1,6 +1,6 @@
 """Pictures of world clips for docs/nano.md: eight frames over the log-mel spectrogram, with truth and caption below.
 
-    python benchmarks/nano_pictures.py FOLDER_OF_WORLD_MAKE docs/pictures --clips 0 1 2 [--model nano]
+python benchmarks/nano_pictures.py FOLDER_OF_WORLD_MAKE docs/pictures --clips 0 1 2 [--model nano]
 """
 
 from __future__ import annotations

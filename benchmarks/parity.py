@@ -68,6 +68,7 @@ def input_rows(golden: Golden) -> Iterator[Measured]:
         if stored is not None:
             yield Measured(group, f"pixel patches, {name}", largest(pixels, stored), 1e-6)
         expected = case.get("video_grid_thw", case.get("image_grid_thw"))
+        assert expected is not None
         yield Measured(group, f"grid, {name}", float(grid != expected[0].tolist()), 0, "cases")
     for wave in ("mid", "long"):
         stored, ours = golden.audio.get(f"features.{wave}"), golden.features(wave)
@@ -229,7 +230,7 @@ def gdpo_rows(golden: Golden) -> Iterator[Measured]:
     for name, value in found.items():
         yield Measured("gDPO", name.replace("_", " "), abs(value.item() - known[name]), 5e-4)
     total.backward()
-    grads = named_grads(adapted)
+    grads = named_grads(adapted)  # pyright: ignore[reportArgumentType]
     lora = {key.removeprefix("grad."): value for key, value in stored.items() if key.startswith("grad.")}
     lora = {key.replace("model.model.layers", "model.language_model.layers"): value for key, value in lora.items()}
     ours = {key.replace(".default", ""): value for key, value in grads.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ def one_by_one(query, key, value, bounds, scale):
     """What `segment_attention` should give, segment after segment: (1, S, H, D)."""
     pieces = [
         functional.scaled_dot_product_attention(*(part[:, :, a:b] for part in (query, key, value)), scale=scale)
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        for a, b in pairwise(bounds)
     ]
     return torch.cat(pieces, dim=2).transpose(1, 2)
 

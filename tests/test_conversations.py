@@ -47,7 +47,9 @@ def test_equal_arguments_give_equal_batches_and_others_give_others(make):
     objective = make(**EVERYTHING)
     batch = objective.batch("train", 3, 4)
     assert equal(batch, objective.batch("train", 3, 4)) and equal(batch, make(**EVERYTHING).batch("train", 3, 4))
-    assert not equal(batch, objective.batch("train", 4, 4)) and not equal(batch, make(1, **EVERYTHING).batch("train", 3, 4))
+    assert not equal(batch, objective.batch("train", 4, 4)) and not equal(
+        batch, make(1, **EVERYTHING).batch("train", 3, 4)
+    )
 
 
 def test_training_batches_come_from_training_clips_and_validation_batches_from_validation_clips(make, tiny_stores):
@@ -57,8 +59,6 @@ def test_training_batches_come_from_training_clips_and_validation_batches_from_v
         batch = objective.batch(split, 0, 2)
         visual = torch.cat([stored[index].video_ND for index in batch["sample"].tolist()])
         assert torch.equal(batch["video_embeds"], visual)
-
-
 
 
 @pytest.mark.parametrize("media", MEDIA)

@@ -82,7 +82,7 @@ def test_answers_about_what_was_watched_are_those_about_the_file(tiny, clips):
     model, processor = tiny
     path, question = clips / "00001.mp4", "What happens in the video?"
     sample = processor.prepare(processor.read(path), [Turn("user", question)])
-    batch = processor.collate([{name: value for name, value in sample.items()}], padding_side="left")
+    batch = processor.collate([dict(sample)], padding_side="left")
     batch.pop("labels")
     with torch.no_grad():
         out = model.generate(**batch, max_new_tokens=5, do_sample=False)[:, batch["input_ids"].shape[1] :]

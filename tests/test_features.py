@@ -58,7 +58,9 @@ def test_stretches_are_whole_scenes_or_pieces_of_two_seconds_and_more_on_the_gri
         assert 2.0 <= piece.end_s - piece.start_s < scene.duration_s
         assert (2 * piece.start_s).is_integer() and (2 * piece.end_s).is_integer()
         assert stretch_of("train", index, 0, 1.0)[1] == piece
-    cut = sum(stretch_of("train", index, 0, 0.3)[1].end_s < sample_scene("train", index).duration_s for index in range(60))
+    cut = sum(
+        stretch_of("train", index, 0, 0.3)[1].end_s < sample_scene("train", index).duration_s for index in range(60)
+    )
     assert 6 < cut < 32
 
 
@@ -100,7 +102,7 @@ def test_parts_cover_everything_once(tiny, tmp_path, two_a_shard):
 
 def test_a_store_of_other_encoders_or_settings_is_refused(tiny, tiny_model, tmp_path, two_a_shard):
     fill(tiny, tmp_path, clips=1)
-    with pytest.raises(KokaneeError, match="other features.*seed: 0 before, 1 now"):
+    with pytest.raises(KokaneeError, match=r"other features.*seed: 0 before, 1 now"):
         fill(tiny, tmp_path, clips=1, seed=1)
     with torch.no_grad():
         tiny_model.audio.encoder.conv1.bias[0] += 1e-3

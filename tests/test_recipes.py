@@ -29,7 +29,12 @@ def file(tmp_path):
 
 def test_a_recipe_is_what_its_file_says_and_defaults(file):
     recipe = read_recipe(file(GOOD))
-    assert (recipe.train, recipe.learning_rate, recipe.accumulate, recipe.schedule) == (("lm_head",), 0.001, 1, "cosine")
+    assert (recipe.train, recipe.learning_rate, recipe.accumulate, recipe.schedule) == (
+        ("lm_head",),
+        0.001,
+        1,
+        "cosine",
+    )
 
 
 def test_single_settings_are_replaced(file):
@@ -50,7 +55,9 @@ def test_a_missing_setting_is_named(file):
         read_recipe(file(GOOD.replace("batch_size: 2\n", "")))
 
 
-@pytest.mark.parametrize(("text", "message"), [("- a\n- b\n", "but list"), ("", "but NoneType"), ("a: [", "is no YAML")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("- a\n- b\n", "but list"), ("", "but NoneType"), ("a: [", "is no YAML")]
+)
 def test_a_file_without_settings_is_refused(file, text, message):
     with pytest.raises(KokaneeError, match=message):
         read_yaml(file(text))

@@ -127,7 +127,7 @@ def test_the_same_recipe_gives_the_same_run_whatever_ran_before(recipe, tmp_path
 
 
 def test_settings_of_samples_that_a_stage_has_not_are_refused(recipe):
-    with pytest.raises(KokaneeError, match="'sound encoder' makes its samples from scenes.*seen"):
+    with pytest.raises(KokaneeError, match=r"'sound encoder' makes its samples from scenes.*seen"):
         run_stage(recipe("sound encoder", data={"seen": 1.0}), None)  # pyright: ignore[reportArgumentType]
     with pytest.raises(KokaneeError, match="unknown setting 'trainn'"):
         run_stage(recipe("conversations", data={"trainn": "x"}), None)  # pyright: ignore[reportArgumentType]

@@ -113,9 +113,7 @@ def test_what_is_not_there_yet_or_no_more_is_not_drawn():
 
 
 def test_a_figure_that_turns_is_half_way_between_its_colours():
-    scene = scene_with(
-        Figure("red", "square", "big", "middle", 0.0), actions=(Action(0, "turns", "blue", 1.0, 2.0),)
-    )
+    scene = scene_with(Figure("red", "square", "big", "middle", 0.0), actions=(Action(0, "turns", "blue", 1.0, 2.0),))
     middle = tuple(round((one + other) / 2) for one, other in zip(RGB["red"], RGB["blue"], strict=True))
     for time_s, wanted in ((1.0, RGB["red"]), (1.5, middle), (2.0, RGB["blue"])):
         assert far(at(scene, time_s, 0.5, 0.5), wanted) <= TINT_AND_GRAIN

@@ -162,6 +162,6 @@ def ffmpeg_libraries() -> str:
 def main() -> None:
     """Run the command."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a caption may hold what the terminal cannot show
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="replace")  # a caption may hold what the terminal cannot show
     app(prog_name="kokanee")

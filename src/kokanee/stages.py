@@ -86,7 +86,7 @@ def fresh_model(path: Path) -> tuple[Kokanee, Processor]:
     tokenizer = build_tokenizer(world_texts(sizes.tokenizer.captions), sizes.tokenizer.vocab_size)
     processor = Processor(tokenizer, ProcessorConfig(**sizes.processor))
     names, special = processor.config, tokenizer.get_added_vocab()
-    ids = {
+    ids: dict[str, Any] = {
         "image_token_id": processor.rules.image_id,
         "video_token_id": processor.rules.video_id,
         "audio_token_id": processor.rules.audio_id,

@@ -41,10 +41,10 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 class Objective(nn.Module):
     """What a stage has to offer: a model, batches of it, and a loss. Submodules beside `model` are always trained.
 
-    `idle_parts` says whether a batch may leave trained weights without a gradient (such as those that hear, in silence).
+    `idle_parts` says whether a batch may leave trained weights without a gradient (those that hear, in silence).
     """
 
-    model: nn.Module
+    model: Any
     idle_parts: bool = False
 
     def batch(self, split: Literal["train", "validation"], number: int, size: int) -> Batch:

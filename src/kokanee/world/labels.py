@@ -26,8 +26,8 @@ VISIBLE = 0.5
 class FrameLabels:
     """One picture on a grid of G = side * side cells, row by row. A figure belongs to the cell of its centre.
 
-    `present_G` 0 or 1; `colour_G`, `shape_G` class indices, -1 where nothing is; `geometry_G7` the figure's place from the
-    picture's centre (x, y) in cells, its radius over the frame, and the change of x, y, radius (per second) and
+    `present_G` 0 or 1; `colour_G`, `shape_G` class indices, -1 where nothing is; `geometry_G7` the figure's place from
+    the picture's centre (x, y) in cells, its radius over the frame, and the change of x, y, radius (per second) and
     opacity (per second) there; `spins_G` 0 or 1; `background` a class index; `dark` 0 or 1.
     """
 

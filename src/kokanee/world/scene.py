@@ -252,7 +252,9 @@ def _draw_actions(rng: random.Random, figures: tuple[Figure, ...], slots: int) -
         actions.append(Action(index, verb, argument, start * SLOT_S, (start + length) * SLOT_S))
         busy_until[index] = start + length
         if verb == "moves":
-            cells[index] = place_to_cell(place_of(*_edge(*(CELL_CENTRES[k] for k in cells[index]), argument)))
+            cells[index] = place_to_cell(
+                place_of(*_edge(CELL_CENTRES[cells[index][0]], CELL_CENTRES[cells[index][1]], argument))
+            )
         elif verb in ("grows", "shrinks"):
             sizes[index] = "big" if verb == "grows" else "small"
         elif verb == "turns":
