@@ -23,7 +23,8 @@ from kokanee.files import is_image
 from kokanee.generation import Answer, Decoding, TextStream, answers, end_ids, steps, text_of
 from kokanee.media import Sampling, read_clip, read_image
 from kokanee.model import Kokanee
-from kokanee.processor import Processor, Sample, Turn
+from kokanee.processor import Processor, Sample
+from kokanee.prompt import Turn
 from kokanee.weights import Device
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from kokanee.features import Features, read_store
 from kokanee.layout import Block
 from kokanee.model import Kokanee
 from kokanee.prefix import IGNORED, Sample, branch_mask, collate_packed, pack
-from kokanee.processor import Processor, Turn
+from kokanee.processor import Processor
+from kokanee.prompt import Turn
 from kokanee.train import Batch, Objective, Stats
 from kokanee.world.annotators import Bias, annotate
 from kokanee.world.facts import exact, only

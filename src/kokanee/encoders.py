@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn import functional
 
 from kokanee.model import Kokanee
-from kokanee.processor import RATE_HZ, Processor
+from kokanee.processor import Processor
+from kokanee.sampling import RATE_HZ
 from kokanee.train import Batch, Objective, Stats
 from kokanee.world.labels import FrameLabels, frame_labels, window_labels
 from kokanee.world.render import frames

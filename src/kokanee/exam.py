@@ -14,7 +14,8 @@ from kokanee.errors import KokaneeError
 from kokanee.formats import read_jsonl
 from kokanee.layout import Block
 from kokanee.model import Kokanee
-from kokanee.processor import Processor, Turn
+from kokanee.processor import Processor
+from kokanee.prompt import Turn
 from kokanee.world.facts import Fact
 from kokanee.world.score import Rates, judge, rates, repetition_rate
 

@@ -24,8 +24,8 @@ from kokanee.encoders import square_side_px
 from kokanee.errors import KokaneeError
 from kokanee.formats import differences, replaced_file, write_json
 from kokanee.model import Kokanee
-from kokanee.processor import RATE_HZ, Processor
-from kokanee.sampling import length_s, sample_indices, step_seconds
+from kokanee.processor import Processor
+from kokanee.sampling import RATE_HZ, length_s, sample_indices, step_seconds
 from kokanee.world.render import frames
 from kokanee.world.scene import SLOT_S, Scene, Split, sample_scene
 from kokanee.world.sound import waveform
