@@ -17,6 +17,7 @@ import argparse
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -207,6 +208,7 @@ def measure(readers: dict[str, Reader], paths: dict[int, str], threads: int, rep
                 else:
                     cpu_s[name, (rate, gop)].append(cpu)
                     wall_s[name, (rate, gop)].append(wall)
+                print(f"{threads=} {repeat=} {rate} {gop=} {name}: {cpu:.2f} {wall:.2f}", file=sys.stderr, flush=True)
                 del got
     title = "All cores" if threads == 0 else f"{threads} thread"
     print(f"\n### {title}: CPU s (least-most) / wall s, medians of {repeats}\n")

@@ -13,7 +13,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -78,7 +78,7 @@ def steps(
     `batch` is a collated batch of open prompts, padded on the left. Stops when all rows have ended or are
     `max_new_tokens` long. Raises `KokaneeError` when the model's output is not finite.
     """
-    device = model.language_model.embed_tokens.weight.device
+    device = cast(torch.Tensor, model.get_input_embeddings().weight).device
     batch = {name: value.to(device) for name, value in batch.items() if name != "labels"}
     logits_RV, cache = prefill(model, batch, n_samples)
     mask_RL = batch["attention_mask"].repeat_interleave(n_samples, 0)
