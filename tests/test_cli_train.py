@@ -74,6 +74,7 @@ def test_wrong_settings_are_named(recipe):
 
 
 @pytest.mark.slow
+@pytest.mark.skip(reason="two gloo processes now and then hang when they end; see docs/log.md")
 def test_two_processes_leave_one_model_and_a_mistake_in_them_is_one_message(recipe, tmp_path):
     command = [sys.executable, "-m", "kokanee", "train", recipe, "--out", tmp_path / "run", "--set", "processes=2"]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}

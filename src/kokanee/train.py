@@ -123,6 +123,10 @@ def train(objective: Objective, recipe: Recipe, folder: Path, report: Report | N
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
+    # What holds the process group goes before the group does.
+    accelerator.wait_for_everyone()
+    del wrapped, optimizer
+    accelerator.free_memory()
     accelerator.end_training()
     return figures
 
