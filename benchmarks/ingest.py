@@ -1,8 +1,9 @@
 """How fast a 30 s clip is read: Kokanee's `read_clip` beside other readers, all doing the same job in the same run.
 
-The job: open the file, count its frames, take those that video-SALMONN 2+'s rule picks at 1 and at 10 frames a second
-as full-size RGB arrays, and the sound as mono 16 kHz float32. The file (made here): 720p H.264 at 30 fps with B-frames,
-AAC stereo sound at 44.1 kHz, a key frame every 30 or every 250 frames.
+The job: open the file, count its frames, take those that a model is shown as full-size RGB arrays, and the sound as
+mono 16 kHz float32. "1 fps" is video-SALMONN 2's rule (every 30th frame here: with a key frame every 30 frames, just
+the key frames), "1 fps, spread" video-SALMONN 2+'s rule at one frame a second, "10 fps" the same as published. The file
+(made here): 720p H.264 at 30 fps with B-frames, AAC stereo sound at 44.1 kHz, a key frame every 30 or 250 frames.
 
     python benchmarks/ingest.py [--repeats 7] [--threads 1 0] [--work folder]
 
@@ -30,7 +31,11 @@ import numpy as np
 from kokanee.media import Sampling, read_clip, sample_indices
 
 FPS, SECONDS, HEIGHT, WIDTH = 30, 30, 720, 1280
-RATES = {"1 fps": 1.0, "10 fps": 0.1}
+RULES = {
+    "1 fps": Sampling("salmonn2", 1.0, 2, 110),
+    "1 fps, spread": Sampling("salmonn2plus", 1.0, 16, 768),
+    "10 fps": Sampling("salmonn2plus", 0.1, 16, 768),
+}
 GOPS = (250, 30)
 Reader = Callable[[str, Sampling, int], tuple[np.ndarray | list[np.ndarray], np.ndarray]]
 
@@ -190,13 +195,13 @@ def compare(name: str, got: tuple, ours: tuple) -> str:
 
 def measure(readers: dict[str, Reader], paths: dict[int, str], threads: int, repeats: int) -> None:
     """Print one table: CPU seconds (median, range) and wall seconds (median) of every reader in every cell."""
-    cells = [(rate, gop) for rate in RATES for gop in GOPS]
+    cells = [(rate, gop) for rate in RULES for gop in GOPS]
     cpu_s: dict = {(name, cell): [] for name in readers for cell in cells}
     wall_s: dict = {(name, cell): [] for name in readers for cell in cells}
     same: dict = {}
     for repeat in range(repeats + 1):
         for rate, gop in cells:
-            sampling = Sampling("salmonn2plus", RATES[rate], 1, 768)
+            sampling = RULES[rate]
             names = list(readers)
             ours = kokanee(paths[gop], sampling, threads) if repeat == 0 else None
             for name in names[repeat % len(names) :] + names[: repeat % len(names)]:

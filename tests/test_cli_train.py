@@ -14,7 +14,7 @@ import typer
 import yaml
 
 from kokanee.checkpoints import load
-from kokanee.cli_train import read_settings, which_part
+from kokanee.cli_train import read_settings
 from kokanee.defaults import Defaults
 from kokanee.errors import KokaneeError
 from kokanee.features import read_store
@@ -106,8 +106,13 @@ def test_world_features_are_those_of_the_model(tiny_checkpoint, tmp_path):
     assert len(read_store(tmp_path / "store", 2)) == 2
 
 
-def test_parts_are_counted_from_0():
-    assert which_part("1/2") == (1, 2)
-    for text in ("2/2", "1", "a/b", "-1/2", "/2"):
-        with pytest.raises(typer.BadParameter):
-            which_part(text)
+@pytest.mark.slow
+def test_several_processes_make_the_features_that_one_makes(tiny_checkpoint, tmp_path):
+    def words(store: str, *more: object) -> tuple[object, ...]:
+        return ("world", "features", tiny_checkpoint, tmp_path / store, "--clips", 300, "--split", "train", *more)
+
+    kk(*words("two", "--processes", 2))
+    kk(*words("one"))
+    one, two = (sorted((tmp_path / name).iterdir()) for name in ("one", "two"))
+    assert [path.name for path in one] == [path.name for path in two] and len(one) == 3
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True))

@@ -146,6 +146,17 @@ def test_clips_of_one_batch_have_equal_numbers_of_visual_tokens(make):
     assert by_length(sum(groups, [])) == groups
 
 
+def test_clips_longer_than_the_longest_are_not_shown(make):
+    def lengths(objective: Conversations) -> list[float]:
+        return [clip.stretch.end_s - clip.stretch.start_s for clip in sum(objective.clips["train"], [])]
+
+    everything = lengths(make(seen=1.0))
+    middle = sorted(everything)[2]
+    assert sorted(lengths(make(seen=1.0, longest_s=middle))) == sorted(s for s in everything if s <= middle)
+    with pytest.raises(KokaneeError, match=r"None of the 6 training clips.*at most 0\.5 s"):
+        make(seen=1.0, longest_s=0.5)
+
+
 def test_the_share_of_answer_tokens_is_100_where_the_model_always_says_them(make, tiny_model):
     objective = make(model=tiny_model, both=1.0).eval()
     batch = objective.batch("train", 0, 1)

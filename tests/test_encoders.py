@@ -82,6 +82,19 @@ def test_visual_tokens_come_in_the_order_of_the_cells(tiny):
             assert moved == [[moment, row * 3 + column]]
 
 
+def test_a_finished_tower_gives_tokens_of_length_1_and_the_same_answers(tiny_model, tiny_processor):
+    objective = VisualLabels(tiny_model, tiny_processor, seed=0).eval()
+    with torch.no_grad():
+        tiny_model.visual.merger.mlp[-1].weight.mul_(40)
+        batch = objective.batch("validation", 0, 32)
+        before, shares_before = objective(batch)
+        objective.finish()
+        after, shares_after = objective(batch)
+        lengths = tiny_model.encode_video(batch["pixel_values"], batch["grid"]).norm(dim=-1)
+    assert float(lengths.mean()) == pytest.approx(1.0, abs=1e-3)
+    assert float(after) == pytest.approx(float(before), rel=1e-3) and shares_after == shares_before
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_loss_and_shares_are_numbers_and_the_head_and_the_encoder_learn(stage, tiny_model, tiny_processor):
     objective = stage(tiny_model, tiny_processor, seed=0)

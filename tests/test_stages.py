@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from kokanee.checkpoints import load
 from kokanee.errors import KokaneeError
 from kokanee.recipes import Recipe
-from kokanee.stages import fresh_model, make_objective, run_stage, world_texts
+from kokanee.stages import fresh_model, gates, make_objective, run_stage, world_texts
 from kokanee.train import CHECKPOINT, choose
 
 COMMON = {"steps": 3, "batch_size": 2, "workers": 0, "learning_rate": 0.01, "evaluate_batches": 1, "device": "cpu"}
@@ -115,6 +115,37 @@ def test_a_stage_goes_on_from_the_model_of_the_one_before(recipe, tmp_path):
     run_stage(recipe("sound encoder", steps=1, model=str(tmp_path / "1" / "model")), tmp_path / "2")
     first, second = (weights(load(tmp_path / name / "model", dtype="float32")[0]) for name in ("1", "2"))
     assert all(name.startswith("audio.encoder.") for name in differing(first, second))
+
+
+@pytest.mark.parametrize("stage", ["visual encoder", "sound encoder"])
+def test_gates_are_the_shares_of_the_trained_encoder_on_the_test_split(recipe, tmp_path, stage):
+    settings = recipe(stage, steps=2)
+    run_stage(settings, tmp_path)
+    done = []
+    found = gates(tmp_path, 5, batch_size=3, report=lambda *counts: done.append(counts))
+    assert done == [(3, 5), (5, 5)]
+    objective = make_objective(settings, *fresh_model(settings.model)).eval()
+    stored = load_file(tmp_path / CHECKPOINT)
+    objective.load_state_dict({k.removeprefix("weight/"): v for k, v in stored.items() if "weight/" in k}, strict=False)
+    with torch.no_grad():
+        losses = [float(objective(objective.batch("test", number, size))[0]) for number, size in ((0, 3), (1, 2))]
+    assert found["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
+
+
+def test_gates_of_what_is_no_finished_run_of_an_encoder_are_refused(recipe, tmp_path):
+    with pytest.raises(KokaneeError, match="holds no run"):
+        gates(tmp_path, 1)
+    run_stage(recipe("conversations", steps=1), tmp_path / "words")
+    with pytest.raises(KokaneeError, match="world exam"):
+        gates(tmp_path / "words", 1)
+
+    def stop(step: int, figures: dict[str, float]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(recipe("sound encoder", save_every=1), tmp_path / "begun", stop)
+    with pytest.raises(KokaneeError, match="at step 1 of 3"):
+        gates(tmp_path / "begun", 1)
 
 
 def test_the_same_recipe_gives_the_same_run_whatever_ran_before(recipe, tmp_path):

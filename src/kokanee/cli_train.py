@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -13,7 +14,7 @@ import typer
 
 from kokanee.console import bar
 from kokanee.errors import KokaneeError
-from kokanee.launch import is_main, is_worker, launch, leave_to_launcher
+from kokanee.launch import is_main, is_worker, launch, told_once
 
 if TYPE_CHECKING:
     from kokanee.recipes import Recipe
@@ -45,13 +46,8 @@ def train(
     from kokanee.defaults import inherit
     from kokanee.stages import run_stage
 
-    try:
-        with stage_progress(settings.steps) as report:
-            figures = run_stage(settings, out, report)
-    except KokaneeError as error:
-        if leave_to_launcher(error):
-            raise typer.Exit(1) from error
-        raise
+    with told_once(), stage_progress(settings.steps) as report:
+        figures = run_stage(settings, out, report)
     if is_main():
         inherit(settings.model, out / "model")
         typer.echo(json.dumps({"model": (out / "model").as_posix(), "steps": settings.steps, "figures": figures}))
@@ -124,22 +120,40 @@ def make_features(
     split: Annotated[Split, typer.Option(help="Which part of the world.")] = Split.train,
     seed: Annotated[int, typer.Option(help="Which world.")] = 0,
     share_cut: Annotated[float, typer.Option(min=0, max=1, help="Share of clips that are cut to an interval.")] = 0.0,
-    part: Annotated[str, typer.Option(metavar="K/N", help="Only the K-th of N parts, counted from 0.")] = "0/1",
+    processes: Annotated[int, typer.Option(min=1, help="Processes that share the work, of one thread each.")] = 1,
 ) -> None:
     """Compute what the encoders make of clips of the world, for the training of the other parts."""
-    share = which_part(part)
+    if processes > 1 and not is_worker():
+        words = (model, out, "--clips", clips, "--split", split.value, "--seed", seed, "--share-cut", share_cut)
+        raise typer.Exit(launch(processes, ["world", "features", *map(str, words)]))
+    share = (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     from kokanee.checkpoints import load
     from kokanee.features import fill_store
 
-    loaded, processor = load(model, dtype="float32")
-    with bar() as progress:
+    with told_once(), bar(hidden=not is_main()) as progress:
+        loaded, processor = load(model, dtype="float32")
         task = progress.add_task("clips", total=clips)
 
         def report(done: int, _: int) -> None:
             progress.update(task, completed=done)
 
         fill_store(loaded, processor, out, split.value, clips, seed, share_cut, share, report)
-    typer.echo(out.as_posix())
+    if is_main():
+        typer.echo(out.as_posix())
+
+
+@world.command("gates")
+def pass_gates(
+    run: Annotated[Path, typer.Argument(help="Folder of an encoder's finished run, as `kokanee train --out` left it.")],
+    samples: Annotated[int, typer.Option(min=1, help="Pictures or clips of the test split.")] = 2000,
+) -> None:
+    """How much of what there is an encoder alone names rightly, in per cent of test pictures or sounds."""
+    from kokanee.stages import gates
+
+    with bar() as progress:
+        task = progress.add_task("samples", total=samples)
+        figures = gates(run, samples, report=lambda done, _: progress.update(task, completed=done))
+    typer.echo(json.dumps({"run": run.as_posix(), "samples": samples, "figures": figures}))
 
 
 @world.command("exam")
@@ -176,11 +190,3 @@ def take_exam(
         typer.echo(f"| {mark.name} | {' | '.join(f'{value:.1f}' for value in row)} | {mark.words:.1f} | {answers} |")
     for kind, value in marks[-1].answers_by_kind.items():
         typer.echo(f"{kind}: {value:.1f}", err=True)
-
-
-def which_part(text: str) -> tuple[int, int]:
-    """ "K/N" as two numbers, 0 <= K < N."""
-    first, slash, count = text.partition("/")
-    if not (slash and first.isdigit() and count.isdigit() and int(first) < int(count)):
-        raise typer.BadParameter(f"{text!r} is not K/N with K from 0 to N - 1", param_hint="--part")
-    return int(first), int(count)

@@ -6,6 +6,7 @@ exact. The encoders are frozen, so their output comes from a store (`features.py
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from dataclasses import fields
@@ -16,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch.nn import functional
 
+from kokanee.errors import KokaneeError
 from kokanee.features import Features, read_store
 from kokanee.layout import Block
 from kokanee.model import Kokanee
@@ -47,6 +49,7 @@ class Mix(BaseModel):
     seen: float = Field(0.0, ge=0, description="weight of clips shown without sound")
     heard: float = Field(0.0, ge=0, description="weight of sounds alone")
     text: float = Field(0.0, ge=0, description="weight of captions without any clip")
+    longest_s: float = Field(math.inf, gt=0, description="seconds of the longest clips to train on")
     questions: int = Field(4, ge=0, description="questions about each clip")
     exact: float = Field(0.0, ge=0, le=1, description="share of captions that tell everything, as no annotator does")
     partial: float = Field(0.2, ge=0, le=1, description="share of clips with sound asked about for one sense only")
@@ -77,7 +80,9 @@ class Conversations(Objective):
         self.idle_parts = bool((mix.both or mix.heard) and (mix.seen or mix.text))
         stores = {"train": mix.train, "validation": mix.validation}
         merge = processor.config.merge_size
-        self.clips = {split: by_length(read_store(Path(store), merge)) for split, store in stores.items()}
+        clips = {split: read_store(Path(store), merge) for split, store in stores.items()}
+        clips["train"] = short_enough(clips["train"], mix.longest_s)
+        self.clips = {split: by_length(found) for split, found in clips.items()}
 
     def batch(self, split: Split, number: int, size: int) -> Batch:
         """`size` clips of one length with their conversations. Equal arguments give equal batches."""
@@ -165,6 +170,14 @@ class Conversations(Objective):
             right_N = (logits_NV.argmax(-1) == targets_N)[roles_N == ANSWER]
             stats["answer_tokens"] = 100.0 * right_N.float().mean()
         return losses_N.mean(), stats
+
+
+def short_enough(clips: list[Features], longest_s: float) -> list[Features]:
+    """The clips that last at most `longest_s`. Raises `KokaneeError` where there are none."""
+    kept = [clip for clip in clips if clip.stretch.end_s - clip.stretch.start_s <= longest_s]
+    if not kept:
+        raise KokaneeError(f"None of the {len(clips)} training clips lasts at most {longest_s} s. Raise longest_s.")
+    return kept
 
 
 def by_length(clips: list[Features]) -> list[list[Features]]:

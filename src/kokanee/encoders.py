@@ -98,6 +98,21 @@ class VisualLabels(Objective):
         right["dark"] = (dark_B > 0) == (batch["dark"] > 0)
         return loss, shares(right)
 
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Scale the visual tokens to a mean length of 1, about that of text embeddings, and the head to read them so.
+
+        Labels alone make tokens thirty times as long as text, and what a decoder's layers add to such a token is lost
+        beside it.
+        """
+        batch = self.batch("validation", 0, 32)
+        patches, grid = (batch[name].to(self.model.device) for name in ("pixel_values", "grid"))
+        length = self.model.encode_video(patches, grid).norm(dim=-1).mean()
+        last = self.model.visual.merger.mlp[-1]
+        last.weight /= length
+        last.bias /= length
+        self.head.weight *= length
+
     def figures(self, said: Batch, truth: Batch) -> tuple[torch.Tensor, Stats]:
         """The loss of the cells that hold a figure, and which of their answers are right."""
         spins_N, spin_truth_N = said["spins"][:, 0], truth["spins"]

@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from kokanee.errors import KokaneeError
 
@@ -44,11 +45,15 @@ def launch(processes: int, command: Sequence[str]) -> int:
     return 0
 
 
-def leave_to_launcher(error: KokaneeError) -> bool:
-    """Give an error to the launcher, which tells it once; False where there is none."""
+@contextmanager
+def told_once() -> Iterator[None]:
+    """In a launched process, a `KokaneeError` is left to the launcher, which tells it once, and the process ends."""
     path = os.environ.get(ERROR_FILE)
-    if not path:
-        return False
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump({"message": str(error), "timestamp": int(time.time())}, file)
-    return True
+    try:
+        yield
+    except KokaneeError as error:
+        if not path:
+            raise
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": str(error), "timestamp": int(time.time())}, file)
+        raise SystemExit(1) from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from kokanee.model import Kokanee, KokaneeConfig
 from kokanee.processor import Processor, ProcessorConfig
 from kokanee.recipes import Recipe, checked, read_yaml
 from kokanee.tokenizer import build_tokenizer
-from kokanee.train import Objective, Report, train
+from kokanee.train import STATE, Objective, Report, choose, means, restore, train
 from kokanee.world.facts import exact
 from kokanee.world.language import write
 from kokanee.world.questions import CAPTION_PROMPTS, ask
@@ -52,9 +54,39 @@ def run_stage(recipe: Recipe, folder: Path, report: Report | None = None) -> dic
     model, processor = starting_model(recipe.model)
     objective = make_objective(recipe, model, processor)
     figures = train(objective, recipe, folder, report)
+    objective.finish()
     if int(os.environ.get("RANK", "0")) == 0:
         save(model.eval(), processor, folder / "model")
     return figures
+
+
+@torch.no_grad()
+def gates(
+    folder: Path, samples: int, batch_size: int = 250, report: Callable[[int, int], None] | None = None
+) -> dict[str, float]:
+    """What an encoder's finished run names rightly in `samples` pictures or clips of the test split, in per cent.
+
+    `report(done, samples)` is called after each batch. Raises `KokaneeError` where `folder` holds no finished run of an
+    encoder.
+    """
+    known = folder / STATE
+    if not known.is_file():
+        raise KokaneeError(f"{folder} holds no run ({STATE} is missing). Give the folder of `kokanee train --out`.")
+    recipe = checked(Recipe, json.loads(known.read_text(encoding="utf-8"))["recipe"], str(known))
+    if recipe.stage == "conversations":
+        raise KokaneeError(f"{folder} is a run of a language model, which has no labels. Use `kokanee world exam`.")
+    objective = make_objective(recipe, *starting_model(recipe.model)).eval()
+    step = restore(folder, choose(objective, recipe.train))
+    if step < recipe.steps:
+        raise KokaneeError(f"{folder} is at step {step} of {recipe.steps}. Let it finish with `kokanee train` first.")
+    found = []
+    for number, start in enumerate(range(0, samples, batch_size)):
+        size = min(batch_size, samples - start)
+        loss, shares = objective(objective.batch("test", number, size))
+        found.append({"loss": float(loss), **{name: float(value) for name, value in shares.items()}})
+        if report is not None:
+            report(start + size, samples)
+    return means(found)
 
 
 def make_objective(recipe: Recipe, model: Kokanee, processor: Processor) -> Objective:

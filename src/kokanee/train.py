@@ -56,6 +56,9 @@ class Objective(nn.Module):
         """The loss, and figures by name; a figure that this batch does not define is left out."""
         raise NotImplementedError
 
+    def finish(self) -> None:
+        """Called once, after the last step, before the model is saved: what is still to be done to its weights."""
+
 
 class Batches(Dataset):
     """The training batches of one process, by step and micro-step."""
@@ -292,8 +295,8 @@ def keep(folder: Path, step: int, trained: dict[str, nn.Parameter], optimizer: A
         save_file(tensors, unfinished, metadata={"step": str(step)})
 
 
-def restore(folder: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Take up the checkpoint of `folder`, if there is one; the number of steps done.
+def restore(folder: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Take up the checkpoint of `folder`, if there is one, with the optimizer's moments; the number of steps done.
 
     Raises `KokaneeError` if it holds other weights than `trained`, in name or shape.
     """
@@ -316,6 +319,7 @@ def restore(folder: Path, trained: dict[str, nn.Parameter], optimizer: torch.opt
         )
     for name, parameter in trained.items():
         parameter.data.copy_(tensors[f"weight/{name}"])
-        kept = {key: tensors[f"{key}/{name}"] for key in MOMENTS if f"{key}/{name}" in tensors}
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in kept.items()}
+        if optimizer is not None:
+            kept = {key: tensors[f"{key}/{name}"] for key in MOMENTS if f"{key}/{name}" in tensors}
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in kept.items()}
     return step
