@@ -225,5 +225,7 @@ def test_convert_writes_a_checkpoint_that_says_the_same(tiny_checkpoint, caption
     assert copied.caption(media / "first.mp4") == captioner.caption(media / "first.mp4")
 
 
-def test_assemble_says_what_is_missing(tmp_path):
-    assert "qwen" in kk("assemble", "--llm", tmp_path / "qwen", "--whisper", tmp_path, tmp_path / "out", code=1).stderr
+def test_convert_with_a_whisper_says_what_is_missing(tmp_path):
+    words = ("convert", tmp_path / "qwen", tmp_path / "out", "--whisper", tmp_path)
+    assert "qwen" in kk(*words, code=1).stderr
+    assert "convert it first" in kk(*words, "--base", "other", code=2).stderr

@@ -128,7 +128,8 @@ def identify(folder: Path) -> Layout:
         )
     if kind == "qwen2_5_vl":
         raise KokaneeError(
-            f"{found}: a Qwen2.5-VL that cannot hear. Join it with a Whisper encoder first, with checkpoints.assemble."
+            f"{found}: a Qwen2.5-VL that cannot hear. "
+            "Join it with a Whisper first: kokanee convert QWEN OUT --whisper WHISPER."
         )
     with contextlib.suppress(KokaneeError):
         found += f", weights {listed(sorted(stored_shapes(weight_files(folder))))}"

@@ -91,28 +91,29 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; as stored, if left out.")] = None,
     base: Annotated[str | None, typer.Option(help="The model that an adapter belongs to.")] = None,
+    whisper: Annotated[
+        str | None, typer.Option(help="A Whisper, folder or name on the hub: SOURCE is a Qwen2.5-VL that is to hear.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="With --whisper: of the fresh Q-Former's random weights.")] = 0,
 ) -> None:
-    """Write any checkpoint that can be loaded as a Kokanee folder; an adapter is merged into its base."""
+    """Write any checkpoint that can be loaded as a Kokanee folder; an adapter is merged into its base.
+
+    With --whisper, join a Qwen2.5-VL and a Whisper into a base that is ready to learn to hear.
+    """
+    from kokanee.checkpoints import assemble
     from kokanee.checkpoints import convert as convert_checkpoint
     from kokanee.defaults import inherit
 
+    if whisper is not None:
+        if base is not None:
+            raise typer.BadParameter(
+                "an adapter cannot be joined with a Whisper; convert it first", param_hint="--base"
+            )
+        typer.echo(assemble(source, whisper, out, dtype=dtype, seed=seed))
+        return
     folder = convert_checkpoint(source, out, dtype=dtype, base=base)
     inherit(base or source, folder)
     typer.echo(folder)
-
-
-@app.command()
-def assemble(
-    llm: Annotated[str, typer.Option(help="A Qwen2.5-VL: folder or name on the hub.")],
-    whisper: Annotated[str, typer.Option(help="A Whisper: folder or name on the hub.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; as stored, if left out.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the fresh Q-Former's random weights.")] = 0,
-) -> None:
-    """Join a Qwen2.5-VL and a Whisper into a model that is ready to learn to hear."""
-    from kokanee.checkpoints import assemble as assemble_base
-
-    typer.echo(assemble_base(llm, whisper, out, dtype=dtype, seed=seed))
 
 
 @app.command()

@@ -47,7 +47,7 @@ class Objective(nn.Module):
     model: Any
     idle_parts: bool = False
 
-    def batch(self, split: Literal["train", "validation"], number: int, size: int) -> Batch:
+    def batch(self, split: Literal["train", "validation", "test"], number: int, size: int) -> Batch:
         """Batch `number` of a split. Equal arguments give equal batches. `sample`, where it is there, holds the numbers
         of the samples, for messages."""
         raise NotImplementedError
