@@ -10,12 +10,12 @@ import torch
 
 from kokanee.conversations import ANSWER, CAPTION, MEDIA, Conversations, Mix, by_length
 from kokanee.errors import KokaneeError
-from kokanee.features import read_store
+from kokanee.features import Features, Stretch, read_store
 from kokanee.prefix import IGNORED
 from kokanee.recipes import checked
 from kokanee.world.facts import exact, only
 from kokanee.world.language import parse
-from kokanee.world.scene import sample_scene
+from kokanee.world.scene import SHAPES, sample_scene
 
 EVERYTHING = {"both": 1.0, "seen": 1.0, "heard": 1.0, "text": 1.0}
 
@@ -103,7 +103,7 @@ def test_the_loss_is_that_of_separate_conversations(make, media):
                 tokens = int((labels != IGNORED).sum())
                 total, count = total + float(apart.loss) * tokens, count + tokens
     assert float(loss) == pytest.approx(total / count, abs=1e-5)
-    assert set(stats) == ({"caption", "answer", "answer_tokens"} if media in ("both", "seen") else {"caption"})
+    assert set(stats) == ({"caption"} if media == "text" else {"caption", "answer", "answers"})
 
 
 def test_every_label_is_of_the_caption_or_of_an_answer_and_each_clip_has_one_caption(make):
@@ -116,7 +116,7 @@ def test_every_label_is_of_the_caption_or_of_an_answer_and_each_clip_has_one_cap
             assert len(texts(objective, sample, CAPTION, roles)) == 1
             n_answers = len(texts(objective, sample, ANSWER, roles))
             assert n_answers == int(sample["segments"].max()) - 1
-            assert n_answers == 0 if media in ("heard", "text") else n_answers <= objective.mix.questions
+            assert n_answers == 0 if media == "text" else n_answers <= objective.mix.questions
 
 
 def test_an_exact_caption_tells_all_that_the_shown_sense_can_tell(make):
@@ -134,8 +134,21 @@ def test_what_is_only_seen_is_never_asked_about_its_sound(make):
     objective, rng = make(seen=1.0, questions=8), random.Random(2)
     for clip in sum(objective.clips["train"], []):
         asked = objective.questions(sample_scene("train", clip.stretch.index), clip, "seen", rng)
-        assert asked and not any(word in question.text for question in asked for word in ("hear", "sound"))
+        assert asked and not any(word in question.text for question in asked for word in ("heard", "sound"))
         assert not any(question.kind in ("sound", "sound count", "pitch", "sync") for question in asked)
+
+
+def test_what_is_only_heard_is_asked_about_its_sound_alone(make):
+    objective, rng = make(heard=1.0, questions=8), random.Random(3)
+    kinds = set()
+    for index in range(40):
+        scene = sample_scene("train", index)
+        clip = Features(Stretch(index, 0.0, scene.duration_s), torch.empty(0), (0, 0, 0), 0.5, torch.empty(0))
+        for question in objective.questions(scene, clip, "heard", rng):
+            assert any(word in question.text for word in ("heard", "sounds", "pitch", "low or high"))
+            assert not any(shape in question.text for shape in SHAPES)
+            kinds.add(question.kind)
+    assert kinds == {"sound", "sound count", "pitch", "count", "exists"}
 
 
 def test_clips_of_one_batch_have_equal_numbers_of_visual_tokens(make):
@@ -157,15 +170,17 @@ def test_clips_longer_than_the_longest_are_not_shown(make):
         make(seen=1.0, longest_s=0.5)
 
 
-def test_the_share_of_answer_tokens_is_100_where_the_model_always_says_them(make, tiny_model):
+def test_answers_are_right_where_all_their_tokens_are_the_most_likely_ones(make, tiny_model):
     objective = make(model=tiny_model, both=1.0).eval()
     batch = objective.batch("train", 0, 1)
-    targets = iter(batch["labels"][0, 1:][batch["labels"][0, 1:] != IGNORED].tolist())
-    tiny_model.lm_head = type(
-        "Says", (torch.nn.Module,), {"forward": lambda self, x: torch.eye(400)[list(targets)] * 50}
-    )()
+    labels_L = batch["labels"][0, 1:]
+    targets = labels_L[labels_L != IGNORED].tolist()
+    tiny_model.lm_head = type("Says", (torch.nn.Module,), {"forward": lambda self, x: torch.eye(400)[targets] * 50})()
     loss, stats = objective(batch)
-    assert float(loss) < 1e-3 and float(stats["answer_tokens"]) == 100.0
+    assert float(loss) < 1e-3 and float(stats["answers"]) == 100.0
+    targets[-1], targets[0] = 0, 0  # one token of the last answer and one of the caption
+    _, stats = objective(batch)
+    assert float(stats["answers"]) == pytest.approx(100.0 * (1 - 1 / int(batch["segments"].max() - 1)))
 
 
 @pytest.mark.parametrize(

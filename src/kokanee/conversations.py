@@ -33,7 +33,6 @@ from kokanee.world.scene import Scene, Split, sample_scene
 
 Media = Literal["both", "seen", "heard", "text"]
 MEDIA: tuple[Media, ...] = ("both", "seen", "heard", "text")
-SOUND_KINDS = ("sound", "sound count", "pitch", "sync")
 CAPTION, ANSWER = 1, 2
 
 
@@ -135,18 +134,15 @@ class Conversations(Objective):
 
     def questions(self, scene: Scene, clip: Features, media: Media, rng: random.Random) -> list[Question]:
         """Questions that the given media can answer."""
-        if media in ("heard", "text") or not self.mix.questions:
-            return []
         wanted = self.mix.questions
-        found = ask(scene, rng, wanted if media == "both" else 3 * wanted, clip.stretch.start_s, clip.stretch.end_s)
-        if media == "seen":
-            found = [asked for asked in found if asked.kind not in SOUND_KINDS and "hear" not in asked.text]
-            found = [asked for asked in found if "sound" not in asked.text]
-        return found[:wanted]
+        if media == "text" or not wanted:
+            return []
+        found = ask(scene, rng, wanted if media == "both" else 4 * wanted, clip.stretch.start_s, clip.stretch.end_s)
+        return [asked for asked in found if media == "both" or sense_of(asked) == media][:wanted]
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, Stats]:
-        """Mean cross-entropy over all label tokens; the loss of captions and of answers, and how many of the answers'
-        tokens are the most likely ones, in per cent."""
+        """Mean cross-entropy over all label tokens; the loss of captions and of answers, and the share of answers whose
+        every token is the most likely one, in per cent."""
         model, media = self.model, {}
         if "video_embeds" in batch:
             media["video_embeds"] = batch["video_embeds"].float()
@@ -167,9 +163,22 @@ class Conversations(Objective):
         stats = {"caption": losses_N[roles_N == CAPTION].mean().detach()}
         if bool((roles_N == ANSWER).any()):
             stats["answer"] = losses_N[roles_N == ANSWER].mean().detach()
-            right_N = (logits_NV.argmax(-1) == targets_N)[roles_N == ANSWER]
-            stats["answer_tokens"] = 100.0 * right_N.float().mean()
+            rows_BL = torch.arange(len(targets_BL), device=targets_BL.device)[:, None] * (batch["segments"].max() + 1)
+            branches_N = (rows_BL + batch["segments"][:, 1:])[counted_BL]
+            wrong_N = (roles_N == ANSWER) & (logits_NV.argmax(-1) != targets_N)
+            asked, failed = branches_N[roles_N == ANSWER].unique(), branches_N[wrong_N].unique()
+            stats["answers"] = torch.tensor(100.0 * (1 - len(failed) / len(asked)))
         return losses_N.mean(), stats
+
+
+def sense_of(question: Question) -> Media:
+    """The media that a question can be answered from, and no less."""
+    if question.kind in ("sound", "sound count", "pitch"):
+        return "heard"
+    if question.kind == "sync":
+        return "both"
+    about_sounds = "heard" in question.text and question.kind in ("count", "exists")
+    return "heard" if about_sounds or "sounds" in question.text else "seen"
 
 
 def short_enough(clips: list[Features], longest_s: float) -> list[Features]:
