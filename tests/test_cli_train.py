@@ -74,15 +74,14 @@ def test_wrong_settings_are_named(recipe):
 
 
 @pytest.mark.slow
-@pytest.mark.skip(reason="two gloo processes now and then hang when they end; see docs/log.md")
 def test_two_processes_leave_one_model_and_a_mistake_in_them_is_one_message(recipe, tmp_path):
     command = [sys.executable, "-m", "kokanee", "train", recipe, "--out", tmp_path / "run", "--set", "processes=2"]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 2
     load(tmp_path / "run" / "model")
-    done = subprocess.run([*command, "--set", "seed=5"], capture_output=True, text=True, env=environment)
+    done = subprocess.run([*command, "--set", "seed=5"], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("seed: 0 before, 5 now") == 1 and "Traceback" not in done.stderr
 
@@ -103,7 +102,7 @@ def test_world_clips_are_made_and_made_once(tmp_path):
 def test_world_features_are_those_of_the_model(tiny_checkpoint, tmp_path):
     words = ("world", "features", tiny_checkpoint, tmp_path / "store", "--clips", 2, "--split", "validation")
     assert kk(*words).stdout == f"{tmp_path / 'store'}\n"
-    assert len(read_store(tmp_path / "store", 2)) == 2
+    assert len(read_store(tmp_path / "store", load(tiny_checkpoint, dtype="float32")[0], "validation", 0)) == 2
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_equal_arguments_give_equal_batches_and_others_give_others(make):
 def test_training_batches_come_from_training_clips_and_validation_batches_from_validation_clips(make, tiny_stores):
     objective = make(both=1.0)
     for split, store in tiny_stores.items():
-        stored = {clip.stretch.index: clip for clip in read_store(Path(store), 2)}
+        stored = {clip.stretch.index: clip for clip in read_store(Path(store), objective.model, split, 0)}
         batch = objective.batch(split, 0, 2)
         visual = torch.cat([stored[index].video_ND for index in batch["sample"].tolist()])
         assert torch.equal(batch["video_embeds"], visual)
@@ -74,7 +75,7 @@ def test_the_places_for_media_are_as_many_as_their_tokens(make, media):
 
 @pytest.mark.parametrize("media", MEDIA)
 def test_the_loss_is_that_of_separate_conversations(make, media):
-    """All label tokens count once, as if every conversation had been a sample of its own."""
+    """The mean over captions' label tokens plus that over answers', as if each conversation were a sample of its own."""
     objective = make(**{media: 1.0}).eval()
     model = objective.model
     batch = objective.batch("train", 1, 2)
@@ -83,7 +84,7 @@ def test_the_loss_is_that_of_separate_conversations(make, media):
         media_tokens = {"video_embeds": batch.get("video_embeds"), "audio_embeds": None}
         if "audio_states" in batch:
             media_tokens["audio_embeds"] = model.audio.align(batch["audio_states"].float()).flatten(0, 1)
-        total, count = 0.0, 0
+        total, count = Counter(), Counter()
         for row in range(2):
             segments_L = batch["segments"][row]
             own = {}
@@ -100,9 +101,10 @@ def test_the_loss_is_that_of_separate_conversations(make, media):
                     labels=labels,
                     **own,
                 )
-                tokens = int((labels != IGNORED).sum())
-                total, count = total + float(apart.loss) * tokens, count + tokens
-    assert float(loss) == pytest.approx(total / count, abs=1e-5)
+                role, tokens = min(number, ANSWER), int((labels != IGNORED).sum())
+                total[role] += float(apart.loss) * tokens
+                count[role] += tokens
+    assert float(loss) == pytest.approx(sum(total[role] / count[role] for role in count), abs=1e-5)
     assert set(stats) == ({"caption"} if media == "text" else {"caption", "answer", "answers"})
 
 
@@ -128,6 +130,20 @@ def test_an_exact_caption_tells_all_that_the_shown_sense_can_tell(make):
         for media, sense in (("both", "both"), ("seen", "seen"), ("heard", "heard"), ("text", "both")):
             _, said = objective.caption(scene, clip, media, rng)
             assert set(parse(said).facts) == {event.fact for event in only(events, sense)}
+
+
+def test_annotators_who_are_asked_for_sounds_listen_and_tell_nothing_else(make):
+    objective, rng = make(heard=1.0), random.Random(4)
+    empty = told = 0
+    for index in range(120):
+        scene = sample_scene("train", index)
+        if not scene.sounds:
+            continue
+        clip = Features(Stretch(index, 0.0, scene.duration_s), torch.empty(0), (0, 0, 0), 0.5, torch.empty(0))
+        facts = parse(objective.caption(scene, clip, "heard", rng)[1]).facts
+        assert {fact.kind for fact in facts} <= {"sound", "pitch", "count"}
+        empty, told = empty + (not facts), told + bool(facts)
+    assert empty < 0.35 * (empty + told)
 
 
 def test_what_is_only_seen_is_never_asked_about_its_sound(make):

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from kokanee.encoders import N_SCENES, SoundLabels, VisualLabels, shares
+from kokanee.encoders import N_SCENES, SCALES, SoundLabels, VisualLabels, shares
 from kokanee.world.labels import window_labels
 from kokanee.world.scene import sample_scene, split_of
 
@@ -120,7 +120,7 @@ def test_a_perfect_head_is_all_right(tiny):
     for name, size in objective.sizes.items():
         truth = batch[name] if name not in ("background", "dark") else batch[name][:, None].expand(-1, 9)
         if name == "geometry":
-            said.append(truth)
+            said.append(truth / torch.tensor(SCALES))
         elif size == 1:
             said.append(20.0 * (2.0 * truth[..., None].float() - 1.0))
         else:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 from kokanee import exam as exam_module
+from kokanee.captioner import Captioner
 from kokanee.errors import KokaneeError
 from kokanee.exam import answers, exam, facts_in, mark, watch
 from kokanee.formats import read_jsonl
-from kokanee.processor import Turn
+from kokanee.generation import Decoding
 from kokanee.world.facts import Fact, exact
 from kokanee.world.make import make
 from kokanee.world.scene import sample_scene
@@ -28,7 +28,7 @@ def clips(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch):
     monkeypatch.setattr(exam_module, "CAPTION_TOKENS", 6)
-    monkeypatch.setattr(exam_module, "ANSWER_TOKENS", 3)
+    monkeypatch.setattr(exam_module, "ANSWERING", Decoding(max_new_tokens=3))
 
 
 def test_marks_of_captions_are_worked_out_by_hand():
@@ -56,10 +56,10 @@ def test_a_records_facts_are_those_of_its_scene(clips):
 
 def test_the_exam_marks_annotators_and_model_and_counts_right_answers(tiny, clips, monkeypatch):
     records = read_jsonl(clips / "samples.jsonl")
-    right = {question["question"]: question["answer"] for record in records for question in record["questions"]}
+    right = iter([question["answer"].upper() for record in records for question in record["questions"]])
 
-    def told(model, processor, asked, max_new_tokens, temperature):
-        return [right[text].upper() if text in right else "There is a red star." for _, text in asked]
+    def told(model, processor, asked, decoding):
+        return ["There is a red star." if text == exam_module.PROMPT else next(right) for _, text in asked]
 
     monkeypatch.setattr(exam_module, "answers", told)
     reports = []
@@ -81,14 +81,9 @@ def test_an_exam_is_the_same_every_time_and_its_batches_change_nothing(tiny, cli
 def test_answers_about_what_was_watched_are_those_about_the_file(tiny, clips):
     model, processor = tiny
     path, question = clips / "00001.mp4", "What happens in the video?"
-    sample = processor.prepare(processor.read(path), [Turn("user", question)])
-    batch = processor.collate([dict(sample)], padding_side="left")
-    batch.pop("labels")
-    with torch.no_grad():
-        out = model.generate(**batch, max_new_tokens=5, do_sample=False)[:, batch["input_ids"].shape[1] :]
-    wanted = processor.tokenizer.batch_decode(out, skip_special_tokens=True)[0].strip()
+    wanted = Captioner(model, processor).caption(path, question, max_new_tokens=5).text.strip()
     views = [watch(model, processor, path), watch(model, processor, clips / "00000.mp4")]
-    said = answers(model, processor, [(views[0], question), (views[1], question)], 5, 0.0)
+    said = answers(model, processor, [(views[0], question), (views[1], question)], Decoding(max_new_tokens=5))
     assert said[0] == wanted
 
 
@@ -98,3 +93,6 @@ def test_a_folder_with_too_few_clips_or_no_annotators_is_refused(tiny, clips, tm
     make(tmp_path, 1, split="test", size_px=48, fps=8.0, annotators=0)
     with pytest.raises(KokaneeError, match="without an annotator"):
         exam(*tiny, tmp_path, 1)
+    make(tmp_path / "seen", 1, split="train", size_px=48, fps=8.0, annotators=1)
+    with pytest.raises(KokaneeError, match="to train on"):
+        exam(*tiny, tmp_path / "seen", 1)

@@ -55,7 +55,13 @@ def test_stretches_are_whole_scenes_or_pieces_of_two_seconds_and_more_on_the_gri
         assert scene == sample_scene("train", index) and whole == Stretch(index, 0.0, scene.duration_s)
         _, piece = stretch_of("train", index, 0, 1.0)
         assert 0.0 <= piece.start_s < piece.end_s <= scene.duration_s
-        assert 2.0 <= piece.end_s - piece.start_s < scene.duration_s
+        assert piece == whole or 2.0 <= piece.end_s - piece.start_s < scene.duration_s
+        for part in (*scene.actions, *scene.sounds):
+            assert (
+                part.end_s <= piece.start_s
+                or part.start_s >= piece.end_s
+                or (piece.start_s <= part.start_s and part.end_s <= piece.end_s)
+            )
         assert (2 * piece.start_s).is_integer() and (2 * piece.end_s).is_integer()
         assert stretch_of("train", index, 0, 1.0)[1] == piece
     cut = sum(
@@ -67,7 +73,7 @@ def test_stretches_are_whole_scenes_or_pieces_of_two_seconds_and_more_on_the_gri
 def test_what_is_read_is_what_was_encoded(tiny, tmp_path, two_a_shard):
     model, processor = tiny
     fill(tiny, tmp_path, clips=3)
-    found = read_store(tmp_path, 2)
+    found = read_store(tmp_path, tiny[0], "train", 0)
     assert [clip.stretch.index for clip in found] == [0, 1, 2]
     for clip in found:
         assert same(clip, encode(model, processor, *stretch_of("train", clip.stretch.index, 0, 0.5)))
@@ -96,7 +102,7 @@ def test_parts_cover_everything_once(tiny, tmp_path, two_a_shard):
     fill(tiny, tmp_path / "parts", part=(1, 2))
     assert {path.name for path in (tmp_path / "parts").iterdir()} == {"shard-00001.safetensors", "state.json"}
     fill(tiny, tmp_path / "parts", part=(0, 2))
-    whole, parts = read_store(tmp_path / "whole", 2), read_store(tmp_path / "parts", 2)
+    whole, parts = (read_store(tmp_path / name, tiny[0], "train", 0) for name in ("whole", "parts"))
     assert len(whole) == len(parts) == 5 and all(map(same, whole, parts))
 
 
@@ -110,6 +116,18 @@ def test_a_store_of_other_encoders_or_settings_is_refused(tiny, tiny_model, tmp_
         fill((tiny_model, tiny[1]), tmp_path, clips=1)
 
 
+def test_features_of_other_encoders_or_clips_are_not_read(tiny, tiny_model, tmp_path, two_a_shard):
+    fill(tiny, tmp_path, clips=1)
+    with pytest.raises(KokaneeError, match="split: 'train' before, 'validation' now"):
+        read_store(tmp_path, tiny[0], "validation", 0)
+    with pytest.raises(KokaneeError, match="seed: 0 before, 1 now"):
+        read_store(tmp_path, tiny[0], "train", 1)
+    with torch.no_grad():
+        tiny_model.visual.merger.mlp[-1].bias[0] += 1e-3
+    with pytest.raises(KokaneeError, match="encoders: "):
+        read_store(tmp_path, tiny_model, "train", 0)
+
+
 def test_weights_behind_the_encoders_do_not_matter(tiny, tiny_model, tmp_path, two_a_shard):
     fill(tiny, tmp_path, clips=1)
     with torch.no_grad():
@@ -120,8 +138,8 @@ def test_weights_behind_the_encoders_do_not_matter(tiny, tiny_model, tmp_path, t
 
 def test_a_store_that_is_missing_or_unfinished_is_not_read(tiny, tmp_path, two_a_shard):
     with pytest.raises(KokaneeError, match="holds no features"):
-        read_store(tmp_path / "nowhere", 2)
+        read_store(tmp_path / "nowhere", tiny[0], "train", 0)
     fill(tiny, tmp_path, part=(0, 2))
     with pytest.raises(KokaneeError, match=r"unfinished: 1 of 3 shards.*shard-00001"):
-        read_store(tmp_path, 2)
+        read_store(tmp_path, tiny[0], "train", 0)
     assert json.loads((tmp_path / "state.json").read_text())["clips"] == 5

@@ -272,7 +272,6 @@ def run_together(script: Path, *arguments: str) -> None:
     assert [process.returncode for process in started] == [0, 0], errors
 
 
-@pytest.mark.skip(reason="two gloo processes now and then hang when they end; see docs/log.md")
 def test_two_processes_do_what_one_does_with_twice_the_batches(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

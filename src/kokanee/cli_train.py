@@ -14,7 +14,7 @@ import typer
 
 from kokanee.console import bar
 from kokanee.errors import KokaneeError
-from kokanee.launch import is_main, is_worker, launch, told_once
+from kokanee.launch import as_worker, is_main, is_worker, launch
 
 if TYPE_CHECKING:
     from kokanee.recipes import Recipe
@@ -43,14 +43,13 @@ def train(
     if settings.processes > 1 and not is_worker():
         sets = [word for item in set_ or [] for word in ("--set", item)]
         raise typer.Exit(launch(settings.processes, ["train", str(recipe), "--out", str(out), *sets]))
-    from kokanee.defaults import inherit
     from kokanee.stages import run_stage
 
-    with told_once(), stage_progress(settings.steps) as report:
-        figures = run_stage(settings, out, report)
-    if is_main():
-        inherit(settings.model, out / "model")
-        typer.echo(json.dumps({"model": (out / "model").as_posix(), "steps": settings.steps, "figures": figures}))
+    with as_worker():
+        with stage_progress(settings.steps) as report:
+            figures = run_stage(settings, out, report)
+        if is_main():
+            typer.echo(json.dumps({"model": (out / "model").as_posix(), "steps": settings.steps, "figures": figures}))
 
 
 def read_settings(recipe: Path, replaced: Sequence[str]) -> Recipe:
@@ -130,16 +129,17 @@ def make_features(
     from kokanee.checkpoints import load
     from kokanee.features import fill_store
 
-    with told_once(), bar(hidden=not is_main()) as progress:
+    with as_worker():
         loaded, processor = load(model, dtype="float32")
-        task = progress.add_task("clips", total=clips)
+        with bar(hidden=not is_main()) as progress:
+            task = progress.add_task("clips", total=clips)
 
-        def report(done: int, _: int) -> None:
-            progress.update(task, completed=done)
+            def report(done: int, _: int) -> None:
+                progress.update(task, completed=done)
 
-        fill_store(loaded, processor, out, split.value, clips, seed, share_cut, share, report)
-    if is_main():
-        typer.echo(out.as_posix())
+            fill_store(loaded, processor, out, split.value, clips, seed, share_cut, share, report)
+        if is_main():
+            typer.echo(out.as_posix())
 
 
 @world.command("gates")

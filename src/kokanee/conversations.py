@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,7 @@ from kokanee.processor import Processor
 from kokanee.prompt import Turn
 from kokanee.train import Batch, Objective, Stats
 from kokanee.world.annotators import Bias, annotate
-from kokanee.world.facts import exact, only
+from kokanee.world.facts import Sense, exact, facts_of, only, sense_of_fact
 from kokanee.world.language import write
 from kokanee.world.questions import CAPTION_PROMPTS, Question, ask
 from kokanee.world.scene import Scene, Split, sample_scene
@@ -77,11 +77,9 @@ class Conversations(Objective):
         self.model, self.processor, self.mix, self.seed = model, processor, mix, seed
         self.bias = Bias(**mix.bias)
         self.idle_parts = bool((mix.both or mix.heard) and (mix.seen or mix.text))
-        stores = {"train": mix.train, "validation": mix.validation}
-        merge = processor.config.merge_size
-        clips = {split: read_store(Path(store), merge) for split, store in stores.items()}
-        clips["train"] = short_enough(clips["train"], mix.longest_s)
-        self.clips = {split: by_length(found) for split, found in clips.items()}
+        training = short_enough(read_store(Path(mix.train), model, "train", mix.seed), mix.longest_s)
+        validation = read_store(Path(mix.validation), model, "validation", mix.seed)
+        self.clips = {"train": by_length(training), "validation": by_length(validation)}
 
     def batch(self, split: Split, number: int, size: int) -> Batch:
         """`size` clips of one length with their conversations. Equal arguments give equal batches."""
@@ -120,16 +118,23 @@ class Conversations(Objective):
         return packed, torch.where(packed["labels"] == IGNORED, 0, roles)
 
     def caption(self, scene: Scene, clip: Features, media: Media, rng: random.Random) -> tuple[str, str]:
-        """A request for a caption and the caption."""
+        """A request for a caption and the caption.
+
+        Annotators have seen and heard the clip; what was not asked for, or is not shown, they leave out. Asked for
+        sounds alone they listen.
+        """
         events = exact(scene, clip.stretch.start_s, clip.stretch.end_s)
-        sense = "both" if media in ("both", "text") else media
-        asked = sense
+        told: Sense = "both" if media in ("both", "text") else media
+        asked: Sense = told
         if media == "both" and rng.random() < self.mix.partial:
-            asked = rng.choice(("seen", "heard"))
+            asked = told = rng.choice(("seen", "heard"))
         elif media in ("seen", "heard") and rng.random() < 0.5:
             asked = "both"
-        told = only(events, asked if sense == "both" else sense)
-        facts = told if rng.random() < self.mix.exact else annotate(told, self.bias, rng)
+        if rng.random() < self.mix.exact:
+            facts = facts_of(only(events, told))
+        else:
+            bias = replace(self.bias, unheard=0.0) if told == "heard" else self.bias
+            facts = tuple(fact for fact in annotate(events, bias, rng) if told in ("both", sense_of_fact(fact)))
         return rng.choice(CAPTION_PROMPTS[asked]), write(facts, rng)
 
     def questions(self, scene: Scene, clip: Features, media: Media, rng: random.Random) -> list[Question]:
@@ -141,8 +146,11 @@ class Conversations(Objective):
         return [asked for asked in found if media == "both" or sense_of(asked) == media][:wanted]
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, Stats]:
-        """Mean cross-entropy over all label tokens; the loss of captions and of answers, and the share of answers whose
-        every token is the most likely one, in per cent."""
+        """The mean cross-entropy of captions plus that of answers, both over label tokens; these two, and the share of
+        answers whose every token is the most likely one, in per cent.
+
+        The wording of a caption is mostly chance, an answer's is not: as one mean, answers would hardly count.
+        """
         model, media = self.model, {}
         if "video_embeds" in batch:
             media["video_embeds"] = batch["video_embeds"].float()
@@ -160,15 +168,17 @@ class Conversations(Objective):
         logits_NV = model.lm_head(hidden_BLD[:, :-1][counted_BL])
         targets_N, roles_N = targets_BL[counted_BL], batch["roles"][:, 1:][counted_BL]
         losses_N = functional.cross_entropy(logits_NV, targets_N, reduction="none")
-        stats = {"caption": losses_N[roles_N == CAPTION].mean().detach()}
+        loss = losses_N[roles_N == CAPTION].mean()
+        stats = {"caption": loss.detach()}
         if bool((roles_N == ANSWER).any()):
-            stats["answer"] = losses_N[roles_N == ANSWER].mean().detach()
+            answers = losses_N[roles_N == ANSWER].mean()
+            loss, stats["answer"] = loss + answers, answers.detach()
             rows_BL = torch.arange(len(targets_BL), device=targets_BL.device)[:, None] * (batch["segments"].max() + 1)
             branches_N = (rows_BL + batch["segments"][:, 1:])[counted_BL]
             wrong_N = (roles_N == ANSWER) & (logits_NV.argmax(-1) != targets_N)
             asked, failed = branches_N[roles_N == ANSWER].unique(), branches_N[wrong_N].unique()
             stats["answers"] = torch.tensor(100.0 * (1 - len(failed) / len(asked)))
-        return losses_N.mean(), stats
+        return loss, stats
 
 
 def sense_of(question: Question) -> Media:

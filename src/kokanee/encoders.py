@@ -26,8 +26,13 @@ from kokanee.world.scene import BACKGROUNDS, COLOURS, PITCHES, SHAPES, SLOT_S, S
 from kokanee.world.sound import waveform
 
 N_SCENES = 10_000_000
-N_GEOMETRY = 7
-RARITY = 10.0  # about one moving figure in thirty spins
+STEP_S = (0.2, 0.36)  # files have 3 or 4 frames of a twelfth of a second from one sampled frame to the next
+# What is a large difference of x and y (cells), radius (shares of the frame), their changes a second, and opacity's.
+SCALES = (1.0, 1.0, 0.04, 0.3, 0.3, 0.1, 1.0)
+CHANGES = slice(3, 7)
+SPEED = slice(3, 5)
+MOVES = 0.1
+RARITY = 10.0  # figures seldom move, grow, fade or spin at a given moment
 
 
 class VisualLabels(Objective):
@@ -41,7 +46,7 @@ class VisualLabels(Objective):
         "present": 1,
         "colour": len(COLOURS),
         "shape": len(SHAPES),
-        "geometry": N_GEOMETRY,
+        "geometry": len(SCALES),
         "spins": 1,
         "background": len(BACKGROUNDS),
         "dark": 1,
@@ -62,7 +67,7 @@ class VisualLabels(Objective):
         for _ in range(size):
             indices.append(rng.randrange(N_SCENES))
             scene = sample_scene(split, indices[-1], self.seed)
-            step_s = rng.uniform(0.15, 0.27)
+            step_s = rng.uniform(*STEP_S)
             time_s = rng.uniform(0.0, scene.duration_s - step_s)
             pictures += list(frames(scene, np.array([time_s, time_s + step_s]), self.side_px))
             labels.append(frame_labels(scene, time_s, self.cells, step_s))
@@ -114,20 +119,43 @@ class VisualLabels(Objective):
         self.head.weight *= length
 
     def figures(self, said: Batch, truth: Batch) -> tuple[torch.Tensor, Stats]:
-        """The loss of the cells that hold a figure, and which of their answers are right."""
+        """The loss of the cells that hold a figure, and which of their answers are right.
+
+        What changes weighs more than what stays: as few figures change, "nothing does" would be a good answer.
+        """
         spins_N, spin_truth_N = said["spins"][:, 0], truth["spins"]
+        geometry_NG, truth_NG = said["geometry"], truth["geometry"] / truth["geometry"].new_tensor(SCALES)
+        weights_NG = torch.ones_like(truth_NG)
+        weights_NG[:, CHANGES] += (RARITY - 1) * (truth_NG[:, CHANGES].abs() > 0.05)
         loss = (
             functional.cross_entropy(said["colour"], truth["colour"])
             + 2 * functional.cross_entropy(said["shape"], truth["shape"])
-            + 2 * functional.l1_loss(said["geometry"], truth["geometry"])
+            + 2 * (weights_NG * (geometry_NG - truth_NG).abs()).mean()
             + functional.binary_cross_entropy_with_logits(spins_N, spin_truth_N, pos_weight=spins_N.new_tensor(RARITY))
         )
+        speed_N2, true_speed_N2 = geometry_NG[:, SPEED], truth_NG[:, SPEED]
+        moves_N, said_moves_N = (speed.abs().amax(1) > MOVES / SCALES[3] for speed in (true_speed_N2, speed_N2))
+        changes = {"grows": 5, "fades": 6}
         return loss, {
             "colour": said["colour"].argmax(-1) == truth["colour"],
             "shape": said["shape"].argmax(-1) == truth["shape"],
+            "size": ((geometry_NG - truth_NG)[:, 2].abs() < 1),
+            "moves": said_moves_N[moves_N],
+            "rests": ~said_moves_N[~moves_N],
+            "direction": (direction(speed_N2) == direction(true_speed_N2))[moves_N],
+            **{
+                name: (geometry_NG[:, part].sign() == truth_NG[:, part].sign())[truth_NG[:, part].abs() > 0.5]
+                for name, part in changes.items()
+            },
             "spins": spins_N[spin_truth_N > 0] > 0,
             "still": spins_N[spin_truth_N == 0] < 0,
         }
+
+
+def direction(speed_N2: torch.Tensor) -> torch.Tensor:
+    """Which of the four ways a speed goes most: 0 to 3 (N,)."""
+    axis_N1 = speed_N2.abs().argmax(1, keepdim=True)
+    return 2 * axis_N1[:, 0] + (speed_N2.gather(1, axis_N1)[:, 0] > 0)
 
 
 class SoundLabels(Objective):

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from kokanee import generation
 from kokanee.errors import KokaneeError
 from kokanee.formats import read_jsonl
+from kokanee.generation import Decoding
 from kokanee.layout import Block
 from kokanee.model import Kokanee
 from kokanee.processor import Processor
@@ -20,7 +22,8 @@ from kokanee.world.facts import Fact
 from kokanee.world.score import Rates, judge, rates, repetition_rate
 
 PROMPT = "Describe the video with its sounds."
-CAPTION_TOKENS, ANSWER_TOKENS = 160, 16
+CAPTION_TOKENS = 160
+ANSWERING = Decoding(max_new_tokens=16)
 Sample = dict[str, torch.Tensor]
 
 
@@ -58,20 +61,21 @@ def exam(
     """Marks of the annotators and of the model on the first clips of a folder of `world make`, and the captions.
 
     Captions are drawn at `temperature` (0: greedy), answers to questions are always greedy. `report(done, clips)` is
-    called after each batch. Raises `KokaneeError` where the folder has too few clips, or clips without annotators.
+    called after each batch. Raises `KokaneeError` where the folder has too few clips, clips to train on, or clips
+    without annotators.
     """
     records = read_records(folder, clips)
     truths = [facts_in(record) for record in records]
     captions: list[str] = []
     right, asked = Counter(), Counter()
-    torch.manual_seed(seed)
+    captioning = Decoding(temperature, 1.0, seed, CAPTION_TOKENS)
     model.eval()
     for start in range(0, len(records), batch_size):
         part = records[start : start + batch_size]
         seen = [watch(model, processor, folder / record["file"]) for record in part]
-        captions += answers(model, processor, [(view, PROMPT) for view in seen], CAPTION_TOKENS, temperature)
+        captions += answers(model, processor, [(view, PROMPT) for view in seen], captioning)
         questions = [(view, q) for view, record in zip(seen, part, strict=True) for q in record["questions"]]
-        said = answers(model, processor, [(view, q["question"]) for view, q in questions], ANSWER_TOKENS, 0.0)
+        said = answers(model, processor, [(view, q["question"]) for view, q in questions], ANSWERING)
         for (_, question), text in zip(questions, said, strict=True):
             asked[question["kind"]] += 1
             right[question["kind"]] += text.lower() == question["answer"].lower()
@@ -91,6 +95,8 @@ def read_records(folder: Path, clips: int) -> list[dict[str, Any]]:
         raise KokaneeError(f"{folder} has {len(records)} clips, not {clips}. Make more, or ask for 1 or more of these.")
     if not all(record["captions_annotated"] for record in records[:clips]):
         raise KokaneeError(f"{folder} has clips without an annotator's caption. Make it with one annotator or more.")
+    if any(record["split"] == "train" for record in records[:clips]):
+        raise KokaneeError(f"{folder} has clips to train on. Make others: kokanee world make --split test.")
     return records[:clips]
 
 
@@ -137,28 +143,20 @@ def watch(model: Kokanee, processor: Processor, path: Path) -> View:
     return View(Block("video", (t, h, w), clip.step_s, n_audio), media)
 
 
-@torch.no_grad()
 def answers(
     model: Kokanee,
     processor: Processor,
     asked: Sequence[tuple[View, str]],
-    max_new_tokens: int,
-    temperature: float,
+    decoding: Decoding,
     batch_size: int = 50,
 ) -> list[str]:
-    """Answers to questions about clips that were watched, greedily at temperature 0, stripped of white space."""
+    """Answers to questions about clips that were watched, stripped of white space."""
     texts: list[str] = []
-    how: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     for start in range(0, len(asked), batch_size):
         samples = [
             {**processor.prepare_ids([Turn("user", text)], [view.block]), **view.media}
             for view, text in asked[start : start + batch_size]
         ]
-        batch = processor.collate(samples, padding_side="left")
-        batch = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
-        out = model.generate(**batch, max_new_tokens=max_new_tokens, **how)
-        new = out[:, batch["input_ids"].shape[1] :]
-        texts += processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-    return [text.strip() for text in texts]
+        found = generation.answers(model, processor.collate(samples, padding_side="left"), decoding)
+        texts += [generation.text_of(processor.tokenizer, answer.ids).strip() for answer in found]
+    return texts

@@ -10,11 +10,13 @@ Axes: K clips of a shard, N visual tokens, C audio chunks, S encoder states, D w
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from kokanee.model import Kokanee
 from kokanee.processor import Processor
 from kokanee.sampling import RATE_HZ, length_s, sample_indices, step_seconds
 from kokanee.world.render import frames
-from kokanee.world.scene import SLOT_S, Scene, Split, sample_scene
+from kokanee.world.scene import SLOT_S, VERSION, Scene, Split, sample_scene
 from kokanee.world.sound import waveform
 
 STATE = "state.json"
@@ -57,15 +59,25 @@ class Features:
 
 
 def stretch_of(split: Split, index: int, seed: int, share_cut: float) -> tuple[Scene, Stretch]:
-    """Scene `index` and the stretch shown of it: all, or for `share_cut` of the scenes an interval of 2 s or more."""
+    """Scene `index` and the stretch shown of it: all, or for `share_cut` of the scenes an interval of 2 s or more.
+
+    An interval cuts no action and no sound in two, so that nobody has to judge what belongs to it; a scene without
+    such an interval is shown whole.
+    """
     scene = sample_scene(split, index, seed)
+    whole = Stretch(index, 0.0, scene.duration_s)
     rng = random.Random(f"stretch/{seed}/{split}/{index}")
     if rng.random() >= share_cut:
-        return scene, Stretch(index, 0.0, scene.duration_s)
-    slots = round(scene.duration_s / SLOT_S)
-    length = rng.randint(round(SHORTEST_S / SLOT_S), slots - 1)
-    start = rng.randint(0, slots - length)
-    return scene, Stretch(index, start * SLOT_S, (start + length) * SLOT_S)
+        return scene, whole
+    inside = {
+        slot * SLOT_S
+        for piece in (*scene.actions, *scene.sounds)
+        for slot in range(round(piece.start_s / SLOT_S) + 1, round(piece.end_s / SLOT_S))
+    }
+    edges_s = [slot * SLOT_S for slot in range(round(scene.duration_s / SLOT_S) + 1) if slot * SLOT_S not in inside]
+    stretches = [Stretch(index, start_s, end_s) for start_s, end_s in itertools.combinations(edges_s, 2)]
+    fits = [stretch for stretch in stretches if SHORTEST_S <= stretch.end_s - stretch.start_s < scene.duration_s]
+    return scene, rng.choice(fits) if fits else whole
 
 
 @torch.no_grad()
@@ -100,7 +112,7 @@ def fill_store(
     `report(done, clips)` is called after each shard. Raises `KokaneeError` where the folder holds the features of other
     encoders or settings.
     """
-    settings = {"encoders": fingerprint(model), "split": split, "clips": clips, "seed": seed, "share_cut": share_cut}
+    settings = {**origin(model, split, seed), "clips": clips, "share_cut": share_cut}
     known = folder / STATE
     differing = differences(json.loads(known.read_text(encoding="utf-8")), settings) if known.is_file() else []
     if differing:
@@ -132,12 +144,25 @@ def write_shard(path: Path, found: list[Features]) -> None:
         save_file(tensors, unfinished)
 
 
-def read_store(folder: Path, merge_size: int) -> list[Features]:
-    """All clips of a store, their tensors mapped from disk. Raises `KokaneeError` where it is missing or unfinished."""
+def origin(model: Kokanee, split: Split, seed: int) -> dict[str, Any]:
+    """Whose features of which clips these are."""
+    return {"encoders": fingerprint(model), "world": VERSION, "split": split, "seed": seed}
+
+
+def read_store(folder: Path, model: Kokanee, split: Split, seed: int) -> list[Features]:
+    """All clips of a store, their tensors mapped from disk.
+
+    Raises `KokaneeError` where it is missing, unfinished, of other encoders than the model's, or of other clips.
+    """
     known = folder / STATE
     if not known.is_file():
-        raise KokaneeError(f"{folder} holds no features. Make them first.")
-    clips = json.loads(known.read_text(encoding="utf-8"))["clips"]
+        raise KokaneeError(f"{folder} holds no features. Make them first, with `kokanee world features`.")
+    state = json.loads(known.read_text(encoding="utf-8"))
+    wanted = origin(model, split, seed)
+    differing = differences({name: state.get(name) for name in wanted}, wanted)
+    if differing:
+        raise KokaneeError(f"{folder} holds other features ({'; '.join(differing)}). Make them with this model.")
+    clips, merge_size = state["clips"], model.config.vision_config.spatial_merge_size
     paths = [shard_path(folder, shard) for shard in range(-(-clips // SHARD))]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,14 +47,23 @@ def launch(processes: int, command: Sequence[str]) -> int:
 
 
 @contextmanager
-def told_once() -> Iterator[None]:
-    """In a launched process, a `KokaneeError` is left to the launcher, which tells it once, and the process ends."""
-    path = os.environ.get(ERROR_FILE)
+def as_worker() -> Iterator[None]:
+    """The work of one of several processes; a launched one ends with the block.
+
+    It ends at once, as taking gloo's connections down can wait for a process that has ended. A `KokaneeError` is left
+    to the launcher, which tells it once.
+    """
+    code = 0
     try:
         yield
     except KokaneeError as error:
-        if not path:
+        if not is_worker():
             raise
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump({"message": str(error), "timestamp": int(time.time())}, file)
-        raise SystemExit(1) from error
+        code = 1
+        if path := os.environ.get(ERROR_FILE):
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump({"message": str(error), "timestamp": int(time.time())}, file)
+    if is_worker():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -13,8 +13,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import GenerationConfig
 
-from kokanee.checkpoints import load, save
+from kokanee.checkpoints import load, locate, save
 from kokanee.conversations import Conversations, Mix
+from kokanee.defaults import Defaults
 from kokanee.encoders import SoundLabels, VisualLabels
 from kokanee.errors import KokaneeError
 from kokanee.model import Kokanee, KokaneeConfig
@@ -26,6 +27,8 @@ from kokanee.world.facts import exact
 from kokanee.world.language import write
 from kokanee.world.questions import CAPTION_PROMPTS, ask
 from kokanee.world.scene import sample_scene
+
+PROMPT_EVERY = 20  # scenes to a repetition of the caption prompts in the texts that the tokenizer is learnt from
 
 
 class TokenizerSizes(BaseModel):
@@ -45,6 +48,7 @@ class Sizes(BaseModel):
     model: dict[str, Any] = Field(description="keys of KokaneeConfig")
     processor: dict[str, Any] = Field(description="keys of ProcessorConfig")
     tokenizer: TokenizerSizes
+    captioner: dict[str, Any] = Field(default_factory=dict, description="what it is asked when the user does not say")
     seed: int = Field(0, description="of the random weights")
 
 
@@ -57,6 +61,7 @@ def run_stage(recipe: Recipe, folder: Path, report: Report | None = None) -> dic
     objective.finish()
     if int(os.environ.get("RANK", "0")) == 0:
         save(model.eval(), processor, folder / "model")
+        starting_defaults(recipe.model).save(folder / "model")
     return figures
 
 
@@ -109,6 +114,13 @@ def starting_model(name: str) -> tuple[Kokanee, Processor]:
     return load(name, dtype="float32")
 
 
+def starting_defaults(name: str) -> Defaults:
+    """What the model of `starting_model` is asked when the user does not say."""
+    if name.endswith((".yaml", ".yml")):
+        return Defaults(**checked(Sizes, read_yaml(name), name).captioner)
+    return Defaults.of(locate(name))
+
+
 def fresh_model(path: Path) -> tuple[Kokanee, Processor]:
     """A model with random weights and a tokenizer trained on the world's language; equal files give equal models.
 
@@ -138,7 +150,7 @@ def fresh_model(path: Path) -> tuple[Kokanee, Processor]:
 def world_texts(scenes: int) -> list[str]:
     """Captions, prompts and questions of training scenes: what the tokenizer's words are learnt from."""
     rng = random.Random("tokenizer")
-    texts = [prompt for prompts in CAPTION_PROMPTS.values() for prompt in prompts]
+    texts = [prompt for prompts in CAPTION_PROMPTS.values() for prompt in prompts] * max(1, scenes // PROMPT_EVERY)
     for index in range(scenes):
         scene = sample_scene("train", index)
         texts.append(write(exact(scene), rng))

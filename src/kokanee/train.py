@@ -126,11 +126,7 @@ def train(objective: Objective, recipe: Recipe, folder: Path, report: Report | N
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
-    # What holds the process group goes before the group does.
     accelerator.wait_for_everyone()
-    del wrapped, optimizer
-    accelerator.free_memory()
-    accelerator.end_training()
     return figures
 
 
@@ -237,16 +233,27 @@ def one_step(run: Run, batches: Iterator[Batch], step: int) -> dict[str, float]:
             accelerator.backward(loss / recipe.accumulate)
         found.append({"loss": float(loss.detach()), **{name: float(value) for name, value in stats.items()}})
     norm = float(torch.nn.utils.clip_grad_norm_(list(run.trained.values()), recipe.clip))
-    losses = [figures["loss"] for figures in found]
-    if not all(map(math.isfinite, [*losses, norm])):
-        raise KokaneeError(
-            f"Step {step + 1}: the loss is {sum(losses) / len(losses)} and the gradient's length {norm}"
-            + (f", with samples {samples}" if samples else "")
-            + ". The weights were left as they were. Lower learning_rate, or look at these samples."
-        )
+    check_finite([figures["loss"] for figures in found], norm, samples, step)
     run.optimizer.step()
     figures = means(found)
     return {"loss": figures.pop("loss"), "gradient": norm, **figures, "learning_rate": rate}
+
+
+def check_finite(losses: list[float], norm: float, samples: list[int], step: int) -> None:
+    """Raise `KokaneeError` with the samples of the process whose loss is not finite, if a loss or the gradient is not.
+
+    The gradient is the mean over all processes, so that one bad loss spoils it for all of them.
+    """
+    if all(map(math.isfinite, [*losses, norm])):
+        return
+    loss = sum(losses) / len(losses)
+    asked = [(loss, samples)] if math.isfinite(norm) else gather_object([(loss, samples)])
+    loss, samples = next((found for found in asked if not math.isfinite(found[0])), (loss, samples))
+    raise KokaneeError(
+        f"Step {step + 1}: the loss is {loss} and the gradient's length {norm}"
+        + (f", with samples {samples}" if samples else "")
+        + ". The weights were left as they were. Lower learning_rate, or look at these samples."
+    )
 
 
 @torch.no_grad()

@@ -115,6 +115,12 @@ def only(events: Iterable[Event], sense: Sense) -> tuple[Event, ...]:
     return tuple(event for event in events if sense == "both" or event.sense == sense)
 
 
+def sense_of_fact(fact: Fact) -> Sense:
+    """The sense that it takes to tell a fact."""
+    senses: dict[str, Sense] = {"sound": "heard", "pitch": "heard", "count": "heard", "sync": "both"}
+    return senses.get(fact.kind, "seen")
+
+
 def needs(fact: Fact) -> tuple[Fact, ...]:
     """The facts that a fact cannot be told without, those that lean on nothing first."""
     if fact.kind in ("size", "place", "action"):
@@ -177,9 +183,8 @@ def action_value(action: Action) -> str:
 
 
 def _event(kind: str, subject: tuple[str, ...], value: str, start_s: float, end_s: float) -> Event:
-    sense = {"sound": "heard", "pitch": "heard", "count": "heard", "sync": "both"}.get(kind, "seen")
     fact = Fact(kind, subject, value)
-    return Event(fact, start_s, end_s, sense, statement(fact))  # type: ignore[arg-type]
+    return Event(fact, start_s, end_s, sense_of_fact(fact), statement(fact))
 
 
 def _belongs(piece_start_s: float, piece_end_s: float, start_s: float, end_s: float) -> bool:

@@ -8,8 +8,20 @@ from dataclasses import dataclass
 
 from kokanee.errors import KokaneeError
 from kokanee.world import words
-from kokanee.world.facts import exact, facts_of, names_in, sync_action
-from kokanee.world.scene import BACKGROUNDS, COLOURS, DIRECTIONS, PITCHES, PLACES, SHAPES, SIZES, SOUNDS, Scene
+from kokanee.world.facts import action_value, exact, facts_of, names_in, sync_action
+from kokanee.world.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    PITCHES,
+    PLACES,
+    SHAPES,
+    SIZES,
+    SOUNDS,
+    Action,
+    Scene,
+    Sound,
+)
 
 CAPTION_PROMPTS = {
     "both": (
@@ -97,6 +109,14 @@ class _View:
         self.sounds = [subject for subject in self.all_sounds if subject not in self.cut_sounds]
         syncs = [fact for fact in self.facts if fact.kind == "sync" and fact.subject in self.sounds]
         self.syncs = [fact for fact in syncs if sync_action(fact).subject in self.figures]
+        whole = [a for a in scene.actions if names.get(a.figure) in self.figures and _within(a, start_s, end_s)]
+        heard = [s for s in scene.sounds if (s.kind,) in self.sounds]
+        self.apart = [
+            (sound.kind, f"{' '.join(names[action.figure])} {action_value(action)}")
+            for sound in heard
+            for action in whole
+            if not (sound.start_s < action.end_s and action.start_s < sound.end_s)
+        ]
 
     def value(self, kind: str, subject: tuple[str, ...] = ()) -> str:
         """The value of a single-valued fact; "" where there is none."""
@@ -118,6 +138,10 @@ def _cut(piece_start_s: float, piece_end_s: float, start_s: float, end_s: float)
     """Whether an interval holds a part of a stretch of time, but not all of it."""
     overlaps = piece_start_s < end_s and piece_end_s > start_s
     return overlaps and not (start_s <= piece_start_s and piece_end_s <= end_s)
+
+
+def _within(piece: Action | Sound, start_s: float, end_s: float) -> bool:
+    return start_s <= piece.start_s and piece.end_s <= end_s
 
 
 def _colour(view: _View, rng: random.Random) -> list[Question]:
@@ -241,10 +265,8 @@ def _sync(view: _View, rng: random.Random) -> list[Question]:
         text = f"What happens just as the {fact.subject[0]} sounds?"
         questions.append(Question(text, fact.value, "sync"))
     synced = [(fact.subject[0], fact.value) for fact in view.syncs]
-    actions = [f"{' '.join(figure)} {value}" for figure in view.figures for value in view.actions(figure)]
-    apart = [(kind, value) for (kind,) in view.sounds for value in actions if (kind, value) not in synced]
     text = "Is the {} heard just as the {}?"
-    yes, no = ([text.format(*pair) for pair in pairs] for pairs in (synced, apart))
+    yes, no = ([text.format(*pair) for pair in pairs] for pairs in (synced, view.apart))
     return questions + _balanced(yes, no, "sync", rng)
 
 

@@ -21,7 +21,9 @@ PITCHES = ("low", "high")
 DIRECTIONS = ("left", "right", "up", "down")
 SPLITS = ("train", "validation", "test")
 
+VERSION = 2
 SLOT_S = 0.5
+SPIN_DEG_PER_S = 150.0
 RADIUS = {"small": 0.14, "big": 0.22}
 CELL_CENTRES = (0.2, 0.5, 0.8)
 DARKNESS = 0.35
@@ -119,8 +121,9 @@ class Scene:
     texture_seed: int = field(default=0)
 
     def key(self) -> str:
-        """What the scene says, without its pixels' noise: scenes with equal keys have equal ground truth."""
-        return repr((self.duration_s, self.background, self.figures, self.actions, self.sounds, self.ambient))
+        """What the scene says, without its pixels' noise and the figures' tilt: equal keys have equal ground truth."""
+        figures = [(figure.name, figure.size, figure.place) for figure in self.figures]
+        return repr((self.duration_s, self.background, figures, self.actions, self.sounds, self.ambient))
 
 
 def split_of(scene: Scene) -> Split:
@@ -131,7 +134,7 @@ def split_of(scene: Scene) -> Split:
 
 def sample_scene(split: Split, index: int, seed: int = 0) -> Scene:
     """Scene `index` of a split. The same arguments give the same scene on every machine."""
-    rng = random.Random(f"kokanee-world-1/{seed}/{split}/{index}")
+    rng = random.Random(f"kokanee-world-{VERSION}/{seed}/{split}/{index}")
     while True:
         scene = _draw(rng)
         if scene is not None and split_of(scene) == split:
@@ -158,7 +161,7 @@ def state_at(scene: Scene, figure_index: int, time_s: float) -> FigureState:
         elif action.verb == "shakes" and running:
             x += 0.09 * (_triangle(done_s * 2) if done_s % 1.0 < 0.5 else -_triangle(done_s * 2))
         elif action.verb == "spins":
-            angle += 200.0 * done_s
+            angle += SPIN_DEG_PER_S * done_s
         elif action.verb == "blinks" and running and done_s % 1.0 >= 0.5:
             opacity = 0.0
         elif action.verb in ("grows", "shrinks"):
@@ -290,7 +293,8 @@ def _draw_verb(
 
 
 def _draw_sounds(rng: random.Random, actions: tuple[Action, ...], slots: int) -> tuple[Sound, ...]:
-    """Sounds that do not overlap: each starts with an action, or at least a second from the start of any."""
+    """Sounds that do not overlap: each starts with an action, or at least a second from the start of any. No later
+    stroke falls on an action's start."""
     starts = {round(action.start_s / SLOT_S) for action in actions}
     sounds, used = [], [False] * slots
     for kind in rng.sample(SOUNDS, rng.choices((0, 1, 2, 3), (15, 40, 32, 13))[0]):
@@ -300,6 +304,7 @@ def _draw_sounds(rng: random.Random, actions: tuple[Action, ...], slots: int) ->
             slot
             for slot in range(slots - count + 1)
             if not any(used[max(slot - 1, 0) : slot + count + 1])
+            and starts.isdisjoint(range(slot + 1, slot + count))
             and (slot in starts if together else all(abs(slot - start) >= 2 for start in starts))
         ]
         if fits:

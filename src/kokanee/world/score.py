@@ -50,10 +50,11 @@ def judge(truth: Iterable[Event | Fact], caption: str) -> Verdict:
     Figures and sounds are matched by name. Those of the caption that are left are matched, in order of mention, with
     those of the truth that are left: a figure with one that shares its colour or its shape, a sound with any; of
     several, the one of which most is told, or else the first. Such a match makes the figure or the sound itself
-    incorrect; all else is compared as if it had been named rightly. Then, for every figure, sound and kind of fact, the
-    values of both sides are compared as sets: what both have is told; what is left is paired off as incorrect; the rest
-    is missed or hallucinated. A sentence that cannot be read is one hallucination. Saying a thing twice is no error
-    here (see `repetition_rate`).
+    incorrect; all else is compared as if it had been named rightly, but that the pitch and the count of a sound of
+    another kind are incorrect too: else it would pay to guess sounds. Then, for every figure, sound and kind of fact,
+    the values of both sides are compared as sets: what both have is told; what is left is paired off as incorrect; the
+    rest is missed or hallucinated. A sentence that cannot be read is one hallucination. Saying a thing twice is no
+    error here (see `repetition_rate`).
     """
     true_facts = tuple(dict.fromkeys(facts_of(truth)))
     parsed = parse(caption)
@@ -149,12 +150,13 @@ def _compare(
 ) -> tuple[list[Fact], list[tuple[Fact, Fact]], list[Fact], list[Fact]]:
     """The facts of one slot that are right, (true, said) pairs that differ, true ones absent, said ones too many.
 
-    `given` holds (the fact under its true names, the fact as said). A figure or sound under a wrong name is a pair.
+    `given` holds (the fact under its true names, the fact as said). A figure or sound under a wrong name is a pair, and
+    so are that sound's pitch and count.
     """
     right, pairs = [], []
     for as_true, said in given:
         if as_true in wanted:
-            misnamed = said.kind in ("figure", "sound") and said != as_true
+            misnamed = said.kind in ("figure", "sound", "pitch", "count") and said != as_true
             pairs.append((as_true, said)) if misnamed else right.append(as_true)
     absent = [fact for fact in wanted if all(fact != as_true for as_true, _ in given)]
     surplus = [said for as_true, said in given if as_true not in wanted]
