@@ -75,7 +75,7 @@ def test_the_places_for_media_are_as_many_as_their_tokens(make, media):
 
 @pytest.mark.parametrize("media", MEDIA)
 def test_the_loss_is_that_of_separate_conversations(make, media):
-    """The mean over captions' label tokens plus that over answers', as if each conversation were a sample of its own."""
+    """The mean over captions' label tokens plus that over answers', as if each conversation were alone."""
     objective = make(**{media: 1.0}).eval()
     model = objective.model
     batch = objective.batch("train", 1, 2)

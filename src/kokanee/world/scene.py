@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import random
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
@@ -132,12 +133,13 @@ def split_of(scene: Scene) -> Split:
     return next(split for split in SPLITS if bucket in SHARE_OF_SPLIT[split])
 
 
+@lru_cache(maxsize=1 << 14)
 def sample_scene(split: Split, index: int, seed: int = 0) -> Scene:
     """Scene `index` of a split. The same arguments give the same scene on every machine."""
     rng = random.Random(f"kokanee-world-{VERSION}/{seed}/{split}/{index}")
     while True:
         scene = _draw(rng)
-        if scene is not None and split_of(scene) == split:
+        if scene.actions and split_of(scene) == split and not _overlaps(scene):
             return scene
 
 
@@ -211,16 +213,15 @@ def _edge(x: float, y: float, direction: str) -> tuple[float, float]:
     return {"left": (near, y), "right": (far, y), "up": (x, near), "down": (x, far)}[direction]
 
 
-def _draw(rng: random.Random) -> Scene | None:
-    """One scene, or None where the figures would overlap."""
+def _draw(rng: random.Random) -> Scene:
+    """Any scene; figures may overlap in it, and nothing may happen."""
     slots = rng.randint(8, 16)
     background = rng.choice(BACKGROUNDS)
     figures = _draw_figures(rng)
     actions = _draw_actions(rng, figures, slots)
     sounds = _draw_sounds(rng, actions, slots)
     ambient = _draw_ambient(rng, background, slots)
-    scene = Scene(SLOT_S * slots, background, figures, actions, sounds, ambient, rng.getrandbits(32))
-    return None if not actions or _overlaps(scene) else scene
+    return Scene(SLOT_S * slots, background, figures, actions, sounds, ambient, rng.getrandbits(32))
 
 
 def _draw_figures(rng: random.Random) -> tuple[Figure, ...]:
