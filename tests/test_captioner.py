@@ -7,12 +7,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from PIL import Image
 
 from kokanee import Captioner
-from kokanee.captioner import Caption, Request, groups, intervals, length_s
+from kokanee.captioner import Caption, Request, groups, intervals
 from kokanee.defaults import Defaults
 from kokanee.errors import KokaneeError
 from kokanee.processor import Turn
+from media_files import encode, moving_frames, tones
 
 KINDS = ("first.mp4", "silent.mp4", "sound.wav", "still.png")
 
@@ -119,6 +121,51 @@ def test_a_sound_file_has_intervals_too_and_an_image_has_none(captioner, media):
         captioner.caption(media / "still.png", start_s=1.0)
 
 
+def test_a_still_image_cannot_be_heard(captioner, media):
+    with pytest.raises(KokaneeError, match=r"still\.png is a still image.*--audio-only"):
+        captioner.caption(media / "still.png", use=("audio",))
+
+
+def test_notes_about_an_image_reach_its_caption(captioner, tmp_path):
+    first, *others = [Image.fromarray(frame) for frame in moving_frames(3)]
+    first.save(tmp_path / "animated.webp", save_all=True, append_images=others, lossless=True)
+    first.save(tmp_path / "first.webp", lossless=True)
+    animated, still = (captioner.caption(tmp_path / name) for name in ("animated.webp", "first.webp"))
+    assert animated.text == still.text
+    assert (animated.notes, still.notes) == (("an image of 3 frames; the first is used",), ())
+
+
+def edges(captions):
+    return [(caption.start_s, caption.end_s) for caption in captions]
+
+
+def test_intervals_of_a_variable_rate_cover_the_file_without_overlap(captioner, tmp_path):
+    pts = [*range(0, 2000, 40), 40_000]
+    path = encode(tmp_path / "slides.mkv", moving_frames(len(pts)), codec="ffv1", pix_fmt="bgr0", pts=pts)
+    assert edges(captioner.every(path, 10)) == [(0, 10), (10, 20), (20, 30), (30, 40.04)]
+
+
+def test_intervals_between_two_frames_end_where_the_next_begins(captioner, media):
+    found = edges(captioner.every(media / "silent.mp4", 0.3))
+    assert (found[0][0], found[-1][1]) == (0, 2)
+    assert all(before[1] == after[0] for before, after in pairwise(found))
+
+
+def test_sound_after_the_picture_has_intervals_too(captioner, tmp_path):
+    path = encode(tmp_path / "long.mkv", moving_frames(25), sound=tones(6.0), sound_codec="flac")
+    found = list(captioner.every(path, 2))
+    assert edges(found) == [(0, 2), (2, 4), (4, 6)]
+    assert [any("no picture here" in note for note in caption.notes) for caption in found] == [False, True, True]
+    assert edges(captioner.every(path, 2, use=("video",))) == [(0, 1)]
+    assert captioner.caption(path).end_s == 6
+
+
+def test_a_short_sound_ends_where_it_ends(captioner, media):
+    for start_s, end_s in ((1.0, 1.6), (2.0, None)):
+        found = captioner.caption(media / "sound.wav", start_s=start_s, end_s=end_s)
+        assert (found.start_s, found.end_s) == pytest.approx((start_s, end_s or 2.5))
+
+
 @pytest.mark.parametrize(
     ("start_s", "end_s", "expected"),
     [
@@ -144,13 +191,6 @@ def test_intervals_of_a_tenth_are_not_lost_to_rounding():
 def test_intervals_that_cannot_be_are_refused(start_s, every_s):
     with pytest.raises(KokaneeError):
         intervals(start_s, 25.0, every_s)
-
-
-def test_the_length_of_a_file_is_its_pictures_and_else_its_sounds(media):
-    assert length_s(media / "first.mp4", ("video", "audio")) == pytest.approx(5.0)
-    assert length_s(media / "sound.wav", ("video", "audio")) == pytest.approx(2.5, abs=0.1)
-    with pytest.raises(KokaneeError, match="no readable video"):
-        length_s(media / "sound.wav", ("video",))
 
 
 def test_what_cannot_be_read_is_an_error_with_its_reason(captioner, media, tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image
 
 import kokanee.demux
 from kokanee.errors import KokaneeError
-from kokanee.media import Sampling, make_clip, read_clip, read_image, sample_indices
+from kokanee.media import Sampling, file_length_s, make_clip, read_clip, read_image, sample_indices
 from media_files import X264_B_FRAMES, X264_OPEN_GOP, decode_all, encode, moving_frames, tones
 
 SPARSE = Sampling("salmonn2plus", 0.7, 1, 768)
@@ -175,10 +175,39 @@ def test_a_variable_rate_goes_by_number_but_tells_and_cuts_by_true_time(tmp_path
     clip = read_clip(path, EVERY_FRAME)
     assert equal(clip.frames, frames)
     assert np.allclose(clip.times_s, np.array(pts) / 1000)
+    assert "frame times are uneven; frames are sampled by their numbers" in clip.notes
     slow = read_clip(path, EVERY_FRAME, start_s=4.0, end_s=8.0)
     assert slow.times_s.tolist() == [number / 1000 for number in range(4000, 8000, 400)]
     assert slow.duration_s == pytest.approx(4.0)
     assert slow.step_s == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("start_s", "end_s", "numbers", "duration_s"),
+    [
+        (25.0, 35.0, [49], 10.0),
+        (5.0, 15.0, [49], 10.0),
+        (0.0, 10.0, range(50), 10.0),
+        (1.9, 2.0, [47, 48, 49], 0.1),
+        (30.0, 40.02, [49, 50], 10.02),
+        (40.0, 60.0, [50], 0.04),
+        (39.0, None, [49, 50], 1.04),
+    ],
+)
+def test_an_interval_of_a_variable_rate_holds_what_is_on_screen_in_it(
+    tmp_path: Path, start_s: float, end_s: float | None, numbers: list[int], duration_s: float
+) -> None:
+    pts = [*range(0, 2000, 40), 40_000]
+    frames = moving_frames(len(pts))
+    path = encode(tmp_path / "slides.mkv", frames, codec="ffv1", pix_fmt="bgr0", pts=pts)
+    clip = read_clip(path, EVERY_FRAME, start_s=start_s, end_s=end_s)
+    assert equal(clip.frames, [frames[number] for number in numbers])
+    assert clip.times_s.tolist() == [pts[number] / 1000 for number in numbers]
+    assert clip.duration_s == pytest.approx(duration_s)
+    assert (clip.start_s, clip.end_s) == pytest.approx((start_s, start_s + duration_s))
+    assert clip.step_s == pytest.approx(2 * duration_s / len(numbers))
+    with pytest.raises(KokaneeError, match=r"lasts 40\.04 s \(51 frames\)"):
+        read_clip(path, EVERY_FRAME, start_s=40.04)
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -264,6 +293,64 @@ def test_a_cover_picture_is_no_film(tmp_path: Path) -> None:
     clip = read_clip(path, DENSE)
     assert clip.frames is None
     assert clip.waveform is not None
+
+
+def test_where_only_the_sound_goes_on_it_alone_is_a_clip(tmp_path: Path) -> None:
+    frames, sound = moving_frames(25), tones(6.0)
+    path = encode(tmp_path / "clip.mkv", frames, codec="ffv1", pix_fmt="bgr0", sound=sound, sound_codec="flac")
+    for clip in (
+        read_clip(path, DENSE, start_s=2.0, end_s=4.0),
+        make_clip(frames, 25.0, sound[0], DENSE, start_s=2.0, end_s=4.0),
+    ):
+        assert (clip.frames, clip.duration_s, clip.start_s, clip.end_s) == (None, 2.0, 2.0, 4.0)
+        assert clip.waveform is not None
+        assert np.abs(clip.waveform - sound[0, 32_000:64_000]).max() < 1e-3
+        assert clip.notes == ("no picture here (it lasts 1.00 s)",)
+    with pytest.raises(KokaneeError, match=r"clip\.mkv.*neither picture nor sound at 7 s.*lasts 1\.00 s"):
+        read_clip(path, DENSE, start_s=7.0)
+    with pytest.raises(KokaneeError, match=r"No picture between 2 s and the end"):
+        read_clip(path, DENSE, start_s=2.0, want=("video",))
+
+
+def test_sound_under_a_second_lasts_as_long_as_it_is(tmp_path: Path) -> None:
+    path = encode(tmp_path / "sound.wav", sound=tones(5.0), sound_codec="pcm_s16le")
+    clip = read_clip(path, DENSE, start_s=4.0, end_s=4.6)
+    assert (clip.duration_s, clip.end_s) == pytest.approx((0.6, 4.6))
+    assert clip.waveform is not None
+    assert len(clip.waveform) == 16_000
+    assert make_clip(None, 25.0, tones(0.3)[0], SALMONN2).duration_s == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("picture_s", "sound_s", "length_s"), [(2.0, None, 2.0), (2.0, 1.0, 2.0), (2.0, 2.3, 2.0), (2.0, 5.0, 5.0)]
+)
+@pytest.mark.parametrize("in_memory_bytes", [0, 64 << 20])
+def test_a_file_lasts_as_long_as_its_picture_or_much_longer_sound(
+    tmp_path: Path,
+    picture_s: float,
+    sound_s: float | None,
+    length_s: float,
+    in_memory_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kokanee.demux, "IN_MEMORY_BYTES", in_memory_bytes)
+    sound = None if sound_s is None else tones(sound_s)
+    path = encode(tmp_path / "clip.mkv", moving_frames(round(25 * picture_s)), sound=sound, sound_codec="flac")
+    assert file_length_s(path) == pytest.approx(length_s)
+    assert read_clip(path, DENSE).end_s == pytest.approx(length_s)
+    assert file_length_s(path, ("video",)) == pytest.approx(picture_s)
+    if sound_s is not None:
+        assert file_length_s(path, ("audio",)) == pytest.approx(sound_s)
+    else:
+        with pytest.raises(KokaneeError, match="no readable audio"):
+            file_length_s(path, ("audio",))
+
+
+def test_an_error_names_its_file_whatever_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    encode(Path("a"), moving_frames(25), format="mp4")
+    with pytest.raises(KokaneeError, match=r"^a: No picture"):
+        read_clip("a", DENSE, start_s=5.0)
 
 
 @pytest.mark.parametrize(("sound_s", "note"), [(2.0, "sound ends 2.0 s before"), (6.0, "sound ends 2.0 s after")])
@@ -447,6 +534,29 @@ def test_an_image_is_read_as_pillow_reads_it(tmp_path: Path, mode: str) -> None:
     Image.fromarray(moving_frames(1, 61, 83)[0]).convert(mode).save(tmp_path / "image.png")
     image = read_image(tmp_path / "image.png")
     assert np.array_equal(image, np.array(Image.open(tmp_path / "image.png").convert("RGB")))
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_of_16_bits_the_upper_8_are_shown(tmp_path: Path, ending: str) -> None:
+    grey = np.arange(0, 65_536, 16, dtype=np.uint16).reshape(64, 64)
+    Image.fromarray(grey).save(tmp_path / f"deep.{ending}")
+    image = read_image(tmp_path / f"deep.{ending}")
+    assert np.array_equal(image, np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2))
+
+
+def test_a_grey_without_a_stated_white_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(KokaneeError, match=r"float\.tif.*8 or 16 bits"):
+        read_image(tmp_path / "float.tif")
+
+
+@pytest.mark.parametrize("ending", ["webp", "png", "tif", "gif"])
+def test_of_several_frames_the_first_is_read_and_noted(tmp_path: Path, ending: str) -> None:
+    pictures = [Image.new("RGB", (16, 16), (250 * (number == 1), 0, 0)) for number in range(3)]
+    pictures[0].save(tmp_path / f"many.{ending}", save_all=True, append_images=pictures[1:])
+    notes: list[str] = []
+    assert not read_image(tmp_path / f"many.{ending}", notes).any()
+    assert notes == ["an image of 3 frames; the first is used"]
 
 
 def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from kokanee.defaults import DEFAULTS_FILE, Defaults
 from kokanee.errors import KokaneeError
 from kokanee.files import is_image
 from kokanee.generation import Answer, Decoding, TextStream, answers, end_ids, steps, text_of
-from kokanee.media import Sampling, read_clip, read_image
+from kokanee.media import file_length_s, read_image
 from kokanee.model import Kokanee
 from kokanee.processor import Processor, Sample
 from kokanee.prompt import Turn
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 Source = str | os.PathLike[str]
 BOTH = ("video", "audio")
 SHORTEST_REST = 0.25
-ONE_FRAME = Sampling("salmonn2plus", interval_s=1e9, min_frames=1, max_frames=1)
 
 
 @dataclass(frozen=True)
@@ -205,13 +204,14 @@ class Captioner:
     ) -> Iterator[Caption]:
         """Captions of one interval of `every_s` seconds after the other, as they are made; see `intervals`.
 
-        `batch_size` intervals are computed together. Only an interval's own frames are read and kept.
+        `batch_size` intervals are computed together. Only an interval's own frames are read and kept. Where sound goes
+        on after the picture, the intervals go on too, by sound alone.
         """
         decoding = self.decoding(how)
         check_samples(n_samples, decoding.temperature)
         if is_image(path):
             raise KokaneeError(f"{path} is a still image and has no intervals. Caption it as a whole.")
-        parts = intervals(start_s or 0.0, length_s(path, use), every_s, end_s)
+        parts = intervals(start_s or 0.0, file_length_s(path, use), every_s, end_s)
         for group in groups(parts, batch_size):
             prepared = [self.prepare(Request(path, question, *part, use)) for part in group]
             for captions in self.answer(prepared, decoding, n_samples):
@@ -250,10 +250,15 @@ class Captioner:
         if is_image(request.path):
             if request.start_s is not None or request.end_s is not None:
                 raise KokaneeError(f"{request.path} is a still image and has no intervals. Leave start and end out.")
-            return Prepared(self.processor.prepare(read_image(request.path), turns), 0.0, 0.0, ())
+            if "video" not in request.use:
+                raise KokaneeError(
+                    f"{request.path} is a still image: there is nothing to hear. Leave --audio-only out."
+                )
+            notes: list[str] = []
+            image = read_image(request.path, notes)
+            return Prepared(self.processor.prepare(image, turns), 0.0, 0.0, tuple(notes))
         clip = self.processor.read(Path(request.path), request.start_s, request.end_s, request.use)
-        end_s = clip.start_s + clip.duration_s
-        return Prepared(self.processor.prepare(clip, turns), clip.start_s, end_s, clip.notes)
+        return Prepared(self.processor.prepare(clip, turns), clip.start_s, clip.end_s, clip.notes)
 
     def answer(self, prepared: Sequence[Prepared], decoding: Decoding, n_samples: int = 1) -> list[list[Caption]]:
         """`n_samples` captions for each of several prepared requests, from one prefill."""
@@ -328,17 +333,6 @@ def check_samples(n_samples: int, temperature: float) -> None:
         raise KokaneeError(f"{n_samples} samples were asked for. Give at least 1.")
     if n_samples > 1 and temperature == 0:
         raise KokaneeError(f"At temperature 0 all {n_samples} samples are the same. Give a temperature, such as 1.")
-
-
-def length_s(path: Source, use: Sequence[str]) -> float:
-    """How long a file is in seconds: its picture where it has one that is wanted, else its sound."""
-    if "video" in use:
-        try:
-            return read_clip(path, ONE_FRAME, want=("video",)).duration_s
-        except KokaneeError:
-            if "audio" not in use:
-                raise
-    return read_clip(path, ONE_FRAME, want=("audio",)).duration_s
 
 
 def intervals(start_s: float, length_s: float, every_s: float, end_s: float | None = None) -> list[tuple[float, float]]:

@@ -52,6 +52,17 @@ class FrameIndex:
         return float(self.n_frames / (self.length * self.time_base))
 
     @property
+    def length_s(self) -> float:
+        """Seconds from the first frame's start to the last one's end."""
+        return float(self.length * self.time_base)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether each frame is shown within half a frame of its time at the mean rate."""
+        expected_s = np.arange(self.n_frames) / self.fps
+        return bool(np.abs(self.times_s - expected_s).max() <= 0.5 / self.fps)
+
+    @property
     def zero_s(self) -> float:
         """The file's own time at which the picture starts, which we call 0 s."""
         return float(self.shown_pts[0] * self.time_base)
@@ -159,10 +170,13 @@ class Source:
 
     A file of up to 64 MiB is read once and its packets are kept; a larger one is read twice (index, then decoding; the
     index of a file that has not changed is remembered), so memory stays bounded. `threads` are decoder threads (0: one
-    per core). Raises KokaneeError, with the reason, for anything that is not a readable media file.
+    per core). Raises KokaneeError, with the reason, for anything that is not a readable media file, and for wanting
+    anything but "video" and "audio".
     """
 
     def __init__(self, path: str | os.PathLike[str], want: Sequence[str], threads: int = 0) -> None:
+        if not want or set(want) - {"video", "audio"}:
+            raise KokaneeError(f"want is {want!r}, but only 'video' and 'audio' can be wanted.")
         self.path = Path(path)
         self.want = want
         self.notes: list[str] = []

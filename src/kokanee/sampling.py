@@ -45,6 +45,17 @@ class Sampling:
             )
 
 
+class NoPicture(KokaneeError):
+    """The picture, `length_s` seconds long, has no frame in an interval. `note` says so where the sound goes on."""
+
+    def __init__(self, start_s: float | None, end_s: float | None, n_frames: int, length_s: float) -> None:
+        self.note = f"no picture here (it lasts {length_s:.2f} s)"
+        super().__init__(
+            f"No picture between {start_s or 0.0:g} s and {'the end' if end_s is None else f'{end_s:g} s'}: "
+            f"it lasts {length_s:.2f} s ({n_frames} frames). Choose an interval inside it."
+        )
+
+
 def check_interval(start_s: float | None, end_s: float | None) -> None:
     """Raise KokaneeError unless 0 <= start_s < end_s and both are finite (None: the clip's own start or end)."""
     for name, value in (("start_s", start_s), ("end_s", end_s)):
@@ -59,7 +70,7 @@ def check_interval(start_s: float | None, end_s: float | None) -> None:
 def frame_span(
     n_frames: int, fps: float, sampling: Sampling, start_s: float | None = None, end_s: float | None = None
 ) -> tuple[int, int]:
-    """First and last frame (both included) of the interval. Raises KokaneeError if it holds no frame.
+    """First and last frame (both included) of the interval. Raises `NoPicture` if it holds no frame.
 
     Under "salmonn2" the frame nearest to `end_s` still belongs to it, as published. Under "salmonn2plus", whose authors
     have no intervals, the clip is read as if the file had been cut: the frame at `end_s` is the next interval's first.
@@ -71,10 +82,7 @@ def frame_span(
         stop = round(end_s * fps)
         last = min(stop if sampling.rule == "salmonn2" else max(stop - 1, first), last)
     if n_frames < 1 or first > last:
-        raise KokaneeError(
-            f"No picture between {start_s or 0.0:g} s and {'the end' if end_s is None else f'{end_s:g} s'}: "
-            f"it lasts {n_frames / fps:.2f} s ({n_frames} frames). Choose an interval inside it."
-        )
+        raise NoPicture(start_s, end_s, n_frames, n_frames / fps)
     return first, last
 
 
@@ -83,7 +91,7 @@ def sample_indices(
 ) -> list[int]:
     """Frames to show the model: increasing indices into a clip of `n_frames` frames at `fps` frames a second.
 
-    Raises KokaneeError when the interval holds no frame, or, under "salmonn2", fewer than two frames are selected.
+    Raises `NoPicture` when the interval holds no frame, and KokaneeError when "salmonn2" would show fewer than two.
     """
     first, last = frame_span(n_frames, fps, sampling, start_s, end_s)
     if sampling.rule == "salmonn2plus":
