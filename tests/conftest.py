@@ -71,6 +71,11 @@ TINY = {
 }
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Sums on one thread are the same every time, and small models are no faster on more."""

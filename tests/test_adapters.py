@@ -37,6 +37,11 @@ def rewrite(folder: Path, change) -> None:
     save_file(change(load_file(folder / FILE)), folder / FILE)
 
 
+def configure(folder: Path, **changes) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
 def with_whole_modules(folder: Path, model: Kokanee) -> dict[str, torch.Tensor]:
     """Add merger, Q-Former and projection to the adapter as the published recipe stores them; gives their weights."""
     stored = load_file(GOLDEN / "checkpoint" / "model.safetensors")
@@ -121,9 +126,44 @@ def test_an_adapter_that_does_not_fit_is_refused_and_leaves_the_model_alone(fold
 
 
 def test_an_adapter_of_another_kind_is_refused(folder):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "IA3"}))
+    configure(folder, peft_type="IA3")
     with pytest.raises(KokaneeError, match="IA3"):
+        load_adapter(published(), folder)
+
+
+@pytest.mark.parametrize("way", ["pissa", "pissa_niter_16", "olora", "corda", "loftq"])
+def test_an_adapter_of_a_changed_base_is_refused(folder, way):
+    configure(folder, init_lora_weights=way)
+    with pytest.raises(KokaneeError, match=f"begun with '{way}', which changes the base"):
+        load_adapter(published(), folder)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.v_proj", "^model.layers.1.self_attn.v_proj", "v_proj"])
+def test_values_of_single_modules_go_to_the_modules_of_these_names(folder, name):
+    configure(folder, alpha_pattern={name: 16})
+    model, tensors = published(), load_file(folder / FILE)
+    weight = model.language_model.layers[1].self_attn.v_proj.weight.detach().clone()
+    lora = "base_model.model.model.layers.1.self_attn.v_proj.lora_{}.weight"
+    expected = weight + 16 / 4 * tensors[lora.format("B")] @ tensors[lora.format("A")]
+    merged = merge(load_adapter(model, folder))
+    assert torch.allclose(merged.language_model.layers[1].self_attn.v_proj.weight, expected, atol=1e-6)
+
+
+def test_a_module_may_have_a_rank_of_its_own(folder):
+    name = "model.layers.1.self_attn.v_proj"
+    parts = {f"base_model.model.{name}.lora_A.weight": slice(2), f"base_model.model.{name}.lora_B.weight": slice(None)}
+    rewrite(folder, lambda tensors: tensors | {key: tensors[key][rows].clone() for key, rows in parts.items()})
+    rewrite(folder, lambda tensors: tensors | {key: tensors[key][:, :2].clone() for key in parts if "lora_B" in key})
+    configure(folder, rank_pattern={name: 2})
+    adapted = load_adapter(published(), folder)
+    attention = adapted.get_submodule("base_model.model.language_model.layers.1.self_attn")
+    assert attention.v_proj.r == {"default": 2} and attention.q_proj.r == {"default": 4}
+
+
+@pytest.mark.parametrize("field", ["alpha_pattern", "rank_pattern"])
+def test_a_value_for_a_module_that_is_not_adapted_is_refused(folder, field):
+    configure(folder, **{field: {"model.layers.7.self_attn.v_proj": 16}})
+    with pytest.raises(KokaneeError, match=rf"{field} names modules that are not adapted \(language_model\.layers\.7"):
         load_adapter(published(), folder)
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from kokanee.captioner import Captioner
 from kokanee.errors import KokaneeError
+from kokanee.files import file_key
 from kokanee.formats import read_jsonl
 from kokanee.outputs import read_records
+from kokanee.weights import fingerprint
 
 NAMES = ("first.mp4", "second.mp4", "silent.mp4", "sound.wav", "still.png")
 
@@ -45,7 +51,11 @@ def test_every_file_gets_the_record_of_its_caption(captioner, files, tmp_path):
         "seed": None,
         "max_new_tokens": 12,
         "dtype": "float32",
+        "base": None,
+        "weights": fingerprint(captioner.model),
+        "processor": captioner.processor.config.model_dump(mode="json"),
     }
+    assert records[0]["size_bytes"] == files[0].stat().st_size
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 9])
@@ -96,6 +106,59 @@ def test_a_run_with_other_settings_is_refused_with_what_differs(captioner, files
     assert out.read_bytes() == before
 
 
+def test_other_weights_under_the_same_name_are_refused(captioner, files, tmp_path):
+    out = tmp_path / "out.jsonl"
+    captioner.caption_files(files[:1], out)
+    model = copy.deepcopy(captioner.model)
+    other = Captioner(model, captioner.processor, captioner.defaults, captioner.name)
+    assert other.caption_files(files[:1], out).skipped == 1
+    with torch.no_grad():
+        model.language_model.layers[0].self_attn.q_proj.weight += 1e-3
+    with pytest.raises(KokaneeError, match=r"other settings \(weights: '\w+' before, '\w+' now\)"):
+        other.caption_files(files[:1], out)
+
+
+def test_other_settings_of_the_processor_are_refused_with_what_differs(captioner, tiny_checkpoint, files, tmp_path):
+    out = tmp_path / "out.jsonl"
+    captioner.caption_files(files[:1], out)
+    other = Captioner.from_pretrained(tiny_checkpoint, max_frames=8, positions="as_published")
+    reason = r"other settings \(max_frames: 240 before, 8 now; positions: 'trained' before, 'as_published' now\)"
+    with pytest.raises(KokaneeError, match=reason):
+        other.caption_files(files[:1], out)
+
+
+def test_a_file_that_has_changed_is_captioned_again(captioner, media, tmp_path):
+    clip, out = tmp_path / "clip.mp4", tmp_path / "out.jsonl"
+    shutil.copy(media / "first.mp4", clip)
+    captioner.caption_files([clip], out)
+    shutil.copy(media / "second.mp4", clip)
+    assert captioner.caption_files([clip], out).skipped == 0
+    (record,) = read_records(out).values()
+    assert record["captions"][0]["end_s"] == 3
+    os.utime(clip, (1, 1))
+    assert captioner.caption_files([clip], out).skipped == 0
+    assert captioner.caption_files([clip], out).skipped == 1
+    clip.unlink()
+    assert captioner.caption_files([clip], out).skipped == 1
+
+
+def test_a_file_has_one_record_however_its_path_is_written(captioner, media, tmp_path, monkeypatch):
+    monkeypatch.chdir(media)
+    out = tmp_path / "out.jsonl"
+    assert captioner.caption_files(["second.mp4", Path("../") / media.name / "second.mp4"], out).captioned == 1
+    assert captioner.caption_files([media / "second.mp4"], out).skipped == 1
+    assert captioner.caption_files(["silent.mp4"], out).captioned == 1
+    assert read_jsonl(out)[-1]["file"] == "silent.mp4"
+
+
+def test_a_name_that_is_no_utf8_is_recorded_and_found_again(captioner, media, tmp_path):
+    clip, out = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.mp4")), tmp_path / "out.jsonl"
+    shutil.copy(media / "silent.mp4", clip)
+    assert captioner.caption_files([clip], out).captioned == 1
+    assert captioner.caption_files([clip], out).skipped == 1
+    assert b"caf\xe9.mp4" in out.read_bytes()
+
+
 def test_settings_without_effect_may_differ(captioner, files, tmp_path):
     captioner.caption_files(files[:1], tmp_path / "out.jsonl", seed=1)
     assert captioner.caption_files(files[:1], tmp_path / "out.jsonl", seed=2, top_p=0.5).skipped == 1
@@ -108,7 +171,7 @@ def test_a_bad_file_is_recorded_once_and_tried_again(captioner, media, tmp_path,
     files = [media / "first.mp4", bad, media / "second.mp4"]
     summary = captioner.caption_files(files, out, batch_size=batch_size)
     assert summary.captioned == 2 and list(summary.failed) == [bad.as_posix()]
-    assert read_records(out)[bad.as_posix()] == {
+    assert read_records(out)[file_key(bad)] == {
         "version": 1,
         "file": bad.as_posix(),
         "error": summary.failed[bad.as_posix()],
@@ -118,7 +181,7 @@ def test_a_bad_file_is_recorded_once_and_tried_again(captioner, media, tmp_path,
     bad.write_bytes((media / "second.mp4").read_bytes())
     assert captioner.caption_files(files, out, batch_size=batch_size).failed == {}
     records = read_records(out)
-    assert records[bad.as_posix()]["captions"] == records[files[2].as_posix()]["captions"]
+    assert records[file_key(bad)]["captions"] == records[file_key(files[2])]["captions"]
 
 
 def test_one_file_that_fails_in_the_model_does_not_take_its_batch_along(captioner, files, tmp_path, monkeypatch):
@@ -132,6 +195,42 @@ def test_one_file_that_fails_in_the_model_does_not_take_its_batch_along(captione
     monkeypatch.setattr(captioner, "answer", fussy)
     summary = captioner.caption_files(files, tmp_path / "out.jsonl", batch_size=5)
     assert summary.captioned == 4 and summary.failed == {files[4].as_posix(): "no stills today"}
+
+
+def test_a_file_too_large_for_the_memory_fails_alone_and_is_told_what_helps(captioner, files, tmp_path, monkeypatch):
+    one_more = captioner.model.forward
+
+    def small(**batch):
+        if len(batch.get("input_ids")) > 1 or batch["input_ids"].shape[1] > 60:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 1 GiB")
+        return one_more(**batch)
+
+    monkeypatch.setattr(captioner.model, "forward", small)
+    summary = captioner.caption_files(files, tmp_path / "out.jsonl", batch_size=5)
+    assert summary.captioned and summary.failed
+    for reason in summary.failed.values():
+        assert reason.startswith("The device has too little memory (CUDA out of memory. Tried to allocate 2 GiB).")
+        assert all(remedy in reason for remedy in ("--end", "--every", "--batch-size 1", "bfloat16"))
+
+
+def test_an_interval_that_fails_keeps_the_captions_before_it(captioner, media, tmp_path, monkeypatch):
+    out, answer, calls = tmp_path / "out.jsonl", captioner.answer, []
+
+    def fussy(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KokaneeError("damaged here")
+        return answer(*given)
+
+    with monkeypatch.context() as context:
+        context.setattr(captioner, "answer", fussy)
+        summary = captioner.caption_files([media / "first.mp4"], out, every_s=2.5)
+    assert summary.captioned == 0 and list(summary.failed.values()) == ["damaged here"]
+    (record,) = read_jsonl(out)
+    assert record["error"] == "damaged here" and [c["end_s"] for c in record["captions"]] == [2.5]
+    assert captioner.caption_files([media / "first.mp4"], out, every_s=2.5).captioned == 1
+    (record,) = read_records(out).values()
+    assert "error" not in record and [c["end_s"] for c in record["captions"]] == [2.5, 5]
 
 
 def test_intervals_and_samples_are_all_in_one_record(captioner, media, tmp_path):

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from kokanee import Captioner
@@ -189,7 +190,7 @@ def test_intervals_of_a_tenth_are_not_lost_to_rounding():
 
 @pytest.mark.parametrize(("start_s", "every_s"), [(0, 0), (0, float("nan")), (0, -1), (25, 10), (30, 10)])
 def test_intervals_that_cannot_be_are_refused(start_s, every_s):
-    with pytest.raises(KokaneeError):
+    with pytest.raises(KokaneeError, match=r"cannot be|There is nothing from"):
         intervals(start_s, 25.0, every_s)
 
 
@@ -213,8 +214,49 @@ def test_a_damaged_model_is_an_error_not_a_caption(captioner, media):
 def test_wrong_loads_say_why(tiny_checkpoint, tmp_path):
     with pytest.raises(KokaneeError, match="device warp9 cannot be used"):
         Captioner.from_pretrained(tiny_checkpoint, device="warp9")
-    with pytest.raises(KokaneeError):
+    with pytest.raises(KokaneeError, match=r"holds no model: config\.json is missing \(found: nothing\)"):
         Captioner.from_pretrained(tmp_path)
+
+
+def test_what_is_saved_has_the_checkpoints_own_question(captioner, media, tmp_path):
+    captioner.save_pretrained(tmp_path / "saved")
+    saved = Captioner.from_pretrained(tmp_path / "saved")
+    assert saved.defaults == captioner.defaults
+    assert saved.caption(media / "first.mp4") == captioner.caption(media / "first.mp4")
+
+
+def test_an_adapter_is_asked_the_question_of_the_base_that_it_names(tiny_checkpoint, tiny_model, media, tmp_path):
+    adapted = get_peft_model(tiny_model, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(tiny_checkpoint)
+    adapted.save_pretrained(tmp_path)
+    captioner = Captioner.from_pretrained(tmp_path)
+    assert captioner.defaults == Defaults("Describe the video.", 12)
+    assert captioner.base == str(tiny_checkpoint)
+    Defaults("What?", 5).save(tmp_path)
+    assert Captioner.from_pretrained(tmp_path, base=tiny_checkpoint).defaults == Defaults("What?", 5)
+
+
+@pytest.mark.gpu
+def test_a_gpu_computes_what_the_cpu_computes(tiny_checkpoint, media):
+    here, there = (
+        Captioner.from_pretrained(tiny_checkpoint, device=device, dtype="float32") for device in ("cpu", "auto")
+    )
+    assert there.model.device.type == "cuda"
+    batch = here.processor.collate([here.prepare(Request(media / "first.mp4")).sample], padding_side="left")
+    batch.pop("labels")
+    with torch.no_grad():
+        expected = here.model(**batch).logits
+        found = there.model(**{name: value.to(there.model.device) for name, value in batch.items()}).logits
+    assert torch.allclose(found.cpu(), expected, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", KINDS)
+def test_a_gpu_captions_in_bfloat16(tiny_checkpoint, media, name):
+    captioner = Captioner.from_pretrained(tiny_checkpoint, device="cuda", dtype="bfloat16")
+    stream = captioner.stream(media / name)
+    assert "".join(stream) == captioner.caption(media / name).text
+    assert stream.caption is not None and 0 < stream.caption.n_tokens <= 12
 
 
 def test_a_stored_type_can_be_asked_for(tiny_checkpoint, media):

@@ -170,6 +170,26 @@ def test_a_folder_of_another_model_says_what_was_found(tmp_path, config, reason)
         checkpoints.load(tmp_path)
 
 
+def test_a_folder_without_a_model_says_what_it_holds_and_where_the_model_may_be(own, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    with pytest.raises(
+        KokaneeError, match=r"run holds no model: .*\(found: metrics\.jsonl\)\. Give the folder of a check"
+    ):
+        checkpoints.load(run)
+    own.rename(run / "model")
+    with pytest.raises(KokaneeError, match=r"\(found: metrics\.jsonl, model\)\. Give .*run/model\."):
+        checkpoints.load(run)
+    checkpoints.load(run / "model")
+
+
+def test_a_kokanee_folder_without_its_processor_is_refused(own):
+    (own / "processor.json").unlink()
+    with pytest.raises(KokaneeError, match=r"without its processor\.json.*Copy the file"):
+        checkpoints.load(own)
+
+
 @pytest.mark.parametrize("name", ["not here", "/no/such/folder", __file__])
 def test_a_name_that_is_nothing_is_refused(name):
     with pytest.raises(KokaneeError, match="no name of a model"):
@@ -205,8 +225,65 @@ def test_saving_replaces_a_checkpoint_and_nothing_else(own, tmp_path):
     assert_same(checkpoints.load(own)[0], tiny_model(1))
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.jpg").write_text("")
-    with pytest.raises(KokaneeError, match="is no checkpoint"):
+    with pytest.raises(KokaneeError, match="is no Kokanee folder"):
         checkpoints.save(tiny_model(), tiny_processor(), tmp_path / "photos")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_of_something_else_that_has_a_config_is_never_replaced(own, theirs, tmp_path):
+    application = tmp_path / "application"
+    (application / "src").mkdir(parents=True)
+    (application / "src" / "thesis.txt").write_text("years of work")
+    for config in ('{"model_type": "kokanee"}', '{"port": 80}', "[]", "{"):
+        (application / "config.json").write_text(config)
+        with pytest.raises(KokaneeError, match="is no Kokanee folder"):
+            checkpoints.save(tiny_model(), tiny_processor(), application)
+        assert (application / "src" / "thesis.txt").read_text() == "years of work"
+    before = contents(theirs)
+    with pytest.raises(KokaneeError, match="is no Kokanee folder"):
+        checkpoints.convert(own, theirs)
+    assert contents(theirs) == before
+
+
+def test_a_checkpoint_is_not_converted_into_its_own_place(own, theirs, tmp_path):
+    (tmp_path / "link").symlink_to(own)
+    before = contents(own)
+    for out in (own, own / ".." / own.name, tmp_path / "link"):
+        with pytest.raises(KokaneeError, match="is to be converted"):
+            checkpoints.convert(own, out)
+    whole = checkpoints.convert(theirs, tmp_path / "whole")
+    shutil.copytree(ADAPTER, whole / "adapter")
+    for adapter in (ADAPTER, whole / "adapter"):
+        with pytest.raises(KokaneeError, match="is to be converted"):
+            checkpoints.convert(adapter, whole, base=whole)
+    assert contents(own) == before and (whole / "adapter").is_dir()
+
+
+def test_a_linked_folder_is_replaced_where_it_is(own, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(own)
+    checkpoints.save(tiny_model(1), tiny_processor(), link)
+    assert link.is_symlink() and not own.is_symlink()
+    assert_same(checkpoints.load(own)[0], tiny_model(1))
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
+def test_a_save_that_is_stopped_while_folders_change_places_leaves_the_old_one(own, monkeypatch, stop):
+    before, rename = contents(own), Path.rename
+
+    def stopped(path, target):
+        if path.name == "new":
+            raise stop
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(stop):
+        checkpoints.save(tiny_model(1), tiny_processor(), own)
+    assert contents(own) == before
+    assert [path.name for path in own.parent.iterdir()] == [own.name]
 
 
 def test_a_save_that_fails_leaves_what_was_there(own, monkeypatch):

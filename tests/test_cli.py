@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 import kokanee
 from kokanee.captioner import Captioner
 from kokanee.cli import app
+from kokanee.defaults import Defaults
+from kokanee.errors import KokaneeError
 from kokanee.formats import read_jsonl
 
 runner = CliRunner()
@@ -188,12 +191,20 @@ def test_ctrl_c_keeps_what_is_done(cap, media, tmp_path, monkeypatch):
         (["b.mp4", "--format", "srt"], "need a folder"),
         (["b.mp4", "--format", "srt", "--out", "a.srt"], "need a folder"),
         (["--out", "{clip}", "--format", "txt"], "would be overwritten"),
+        (["--out", "{folder}/../{name}/first.mp4", "--format", "txt"], "would be overwritten"),
+        (["--out", "{folder}/../{name}/first.mp4", "--format", "jsonl"], "would be overwritten"),
+        (["--start", "5", "--end", "3"], "3 is not after the start at 5"),
+        (["--end", "0"], "0 is not after the start at 0"),
+        (["--set", "max_frames"], "'max_frames' is not KEY=VALUE"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_loads_no_model(media, words, reason, monkeypatch):
     monkeypatch.setattr(Captioner, "from_pretrained", None)
     clip = str(media / "first.mp4")
-    found = kk("caption", clip, *(word.replace("{clip}", clip) for word in words), code=2)
+    names = {"{clip}": clip, "{folder}": str(media), "{name}": media.name}
+    for name, there in names.items():
+        words = [word.replace(name, there) for word in words]
+    found = kk("caption", clip, *words, code=2)
     assert reason in found.stderr and found.stdout == ""
 
 
@@ -205,6 +216,9 @@ def test_wrong_usage_exits_with_2_and_loads_no_model(media, words, reason, monke
         (["--model", "no/where/at/all"], "no/where/at/all"),
         (["--device", "warp9"], "device warp9"),
         (["--dtype", "int8"], "int8 is no type"),
+        (["--set", "max_frame=3"], "unknown key 'max_frame' (the nearest known key is 'max_frames')"),
+        (["--set", "device=cpu"], "unknown key 'device'"),
+        (["--set", "interval_s=0"], "interval_s"),
         (["--start", "99"], "99 s"),
     ],
 )
@@ -213,9 +227,87 @@ def test_mistakes_are_one_message_without_a_traceback(cap, media, words, reason)
     assert reason in found.stderr and "Traceback" not in found.output and found.stdout == ""
 
 
-def test_a_place_that_cannot_be_written_is_one_message(cap, media, tmp_path):
+@pytest.mark.parametrize("out", ["file/a.txt", "file/a.jsonl", "file/folder"])
+def test_a_place_that_cannot_be_written_is_one_message_before_a_model_is_loaded(media, tmp_path, out, monkeypatch):
+    monkeypatch.setattr(Captioner, "from_pretrained", None)
     (tmp_path / "file").touch()
-    assert "file" in cap(media / "first.mp4", "--out", tmp_path / "file" / "a.txt", code=1).stderr
+    found = kk(
+        "caption",
+        media / "first.mp4",
+        "--format",
+        out.split(".")[1] if "." in out else "srt",
+        "--out",
+        tmp_path / out,
+        code=1,
+    )
+    assert "file is in the way" in found.stderr
+
+
+def test_settings_of_the_processor_reach_it_and_are_recorded(cap, captioner, media):
+    words = ("--set", "max_frames=8", "--set", "positions=as_published", "--format", "json")
+    record = json.loads(cap(media / "first.mp4", *words).stdout)
+    settings = record["settings"]["processor"]
+    assert (settings["max_frames"], settings["positions"]) == (8, "as_published")
+    assert settings == captioner.processor.config.model_dump(mode="json") | {
+        "max_frames": 8,
+        "positions": "as_published",
+    }
+
+
+def test_files_that_are_not_from_this_run_are_replaced_only_if_asked(cap, media, tmp_path):
+    words = (media / "first.mp4", media / "second.mp4", "--format", "txt", "--out", tmp_path)
+    (tmp_path / "second.txt").write_text("my notes")
+    found = cap(*words, code=1)
+    assert f"{tmp_path / 'second.txt'} is there" in found.stderr and "--overwrite" in found.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["second.txt"]
+    assert (tmp_path / "second.txt").read_text() == "my notes"
+    cap(*words, "--overwrite")
+    cap(*words)
+    assert (tmp_path / "second.txt").read_text() != "my notes"
+
+
+def test_an_input_is_not_overwritten_by_the_captions_of_another_name_for_its_folder(media, tmp_path, monkeypatch):
+    monkeypatch.setattr(Captioner, "from_pretrained", None)
+    clip = tmp_path / "clip.txt"
+    clip.write_bytes((media / "silent.mp4").read_bytes())
+    assert "would be overwritten" in kk("caption", clip, "--format", "txt", "--out", tmp_path, code=2).stderr
+
+
+def test_a_dash_is_standard_output(cap, captioner, media):
+    found = cap(media / "silent.mp4", "--out", "-")
+    assert found.stdout == captioner.caption(media / "silent.mp4").text + "\n"
+    assert not Path("-").exists()
+
+
+def test_text_says_the_same_on_standard_output_and_in_a_file(cap, media, tmp_path):
+    for words in (("--every", 10), ("--samples", 2), ()):
+        printed = cap(media / "silent.mp4", *words).stdout
+        cap(media / "silent.mp4", *words, "--out", tmp_path / "a.txt")
+        assert (tmp_path / "a.txt").read_text() == printed
+        assert printed.startswith("[") == bool(words)
+
+
+def test_an_interval_that_fails_keeps_the_captions_before_it(cap, media, tmp_path, monkeypatch):
+    answer, calls = Captioner.answer, []
+
+    def fussy(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KokaneeError("damaged here")
+        return answer(*given)
+
+    monkeypatch.setattr(Captioner, "answer", fussy)
+    found = cap(media / "first.mp4", "--every", 2.5, "--out", tmp_path / "a.srt", code=1)
+    assert "Error: damaged here" in found.stderr
+    assert (tmp_path / "a.srt").read_text().startswith("1\n00:00:00,000 --> 00:00:02,500\n")
+
+
+def test_a_converted_adapter_has_the_question_of_the_base_that_it_names(tiny_checkpoint, tiny_model, tmp_path):
+    adapted = get_peft_model(tiny_model, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(tiny_checkpoint)
+    adapted.save_pretrained(tmp_path / "adapter")
+    kk("convert", tmp_path / "adapter", tmp_path / "whole")
+    assert Defaults.of(tmp_path / "whole") == Defaults("Describe the video.", 12)
 
 
 def test_convert_writes_a_checkpoint_that_says_the_same(tiny_checkpoint, captioner, media, tmp_path):

@@ -94,7 +94,7 @@ def test_world_clips_are_made_and_made_once(tmp_path):
     assert (tmp_path / "clips" / "samples.jsonl").read_bytes() == before
     assert read_jsonl(tmp_path / "clips" / "samples.jsonl")[0]["split"] == "test"
     assert (
-        "seed: 3 there, 4 now"
+        "seed: 3 before, 4 now"
         in kk("world", "make", tmp_path / "clips", "--clips", 1, "--seed", 4, "--split", "test", code=1).stderr
     )
 

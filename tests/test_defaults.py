@@ -1,10 +1,12 @@
-"""Laws of a checkpoint's own question: it is kept with the checkpoint, and handed on to what is made from it."""
+"""Laws of a checkpoint's own question: it is kept with the checkpoint, and with the base of an adapter."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from kokanee.defaults import DEFAULTS_FILE, Defaults, inherit
+from kokanee.defaults import DEFAULTS_FILE, Defaults, origin
 from kokanee.errors import KokaneeError
 
 
@@ -26,13 +28,14 @@ def test_anything_else_is_refused_with_what_may_be_set(tmp_path, text):
         Defaults.of(tmp_path)
 
 
-def test_what_is_made_from_a_checkpoint_inherits_its_question(tmp_path):
-    source, plain, made = tmp_path / "source", tmp_path / "plain", tmp_path / "made"
-    for folder in (source, plain, made):
+def test_an_adapter_is_asked_its_own_question_and_else_that_of_its_base(tmp_path):
+    base, other, adapter = (tmp_path / name for name in ("base", "other", "adapter"))
+    for folder in (base, other, adapter):
         folder.mkdir()
-    inherit(plain, made)
-    inherit("recipes/nano/model.yaml", made)
-    assert not list(made.iterdir())
-    Defaults("Describe the video.").save(source)
-    inherit(source, made)
-    assert Defaults.of(made) == Defaults("Describe the video.")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    Defaults("Base?").save(base)
+    Defaults("Other?").save(other)
+    assert origin(adapter) == base and origin(adapter, other) == other
+    assert origin(base) == base
+    Defaults("Own?").save(adapter)
+    assert origin(adapter) == origin(adapter, other) == adapter

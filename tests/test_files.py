@@ -34,6 +34,10 @@ def test_patterns_are_expanded_and_each_file_comes_once(tree):
     assert named("clips/**/*.wav") == ["clips/deep/c.wav"]
 
 
+def test_a_file_comes_once_however_its_path_is_written(tree):
+    assert named("clips/b.mp4", "clips/deep/../b.mp4", str(tree / "clips" / "b.mp4")) == ["clips/b.mp4"]
+
+
 def test_a_plain_path_is_taken_as_it_is(tree):
     assert named("clips/notes.txt", "nowhere.mp4") == ["clips/notes.txt", "nowhere.mp4"]
 

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
 import pytest
 
 from kokanee.errors import KokaneeError
-from kokanee.formats import append_jsonl, differences, read_jsonl, replaced_file, write_json, write_text
+from kokanee.formats import (
+    append_jsonl,
+    check_writable,
+    differences,
+    read_json,
+    read_jsonl,
+    replaced_file,
+    write_json,
+    write_text,
+)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -42,11 +54,91 @@ def test_the_half_line_of_a_killed_writer_is_not_read_and_is_cut_off_by_the_next
     assert read_jsonl(path) == [{"n": 1}, {"n": 3}]
 
 
-def test_a_half_line_alone_is_cut_off_too(tmp_path):
+def test_a_last_line_that_lacks_only_its_end_is_a_record_and_is_kept(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"n"')
+    path.write_text('{"n": 1}\n{"n": 2}')
+    assert read_jsonl(path) == [{"n": 1}, {"n": 2}]
     append_jsonl(path, [{"n": 3}])
-    assert read_jsonl(path) == [{"n": 3}]
+    assert read_jsonl(path) == [{"n": 1}, {"n": 2}, {"n": 3}]
+
+
+@pytest.mark.parametrize("text", ["my thesis", "my thesis\nin two lines", '{"n"', "[1]\n", "\n"])
+def test_a_file_that_does_not_begin_with_a_record_is_left_as_it_is(tmp_path, text):
+    path = tmp_path / "a.jsonl"
+    path.write_text(text)
+    with pytest.raises(KokaneeError, match="does not begin with a record"):
+        append_jsonl(path, [{"n": 3}])
+    assert path.read_text() == text
+
+
+def test_a_file_of_one_line_that_is_no_json_is_no_empty_file_of_records(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("my thesis")
+    with pytest.raises(KokaneeError, match="line 1 is not JSON"):
+        read_jsonl(path)
+    path.write_text("")
+    assert read_jsonl(path) == []
+
+
+def test_names_that_are_no_utf8_are_kept_byte_by_byte(tmp_path):
+    path, name = tmp_path / "a.jsonl", os.fsdecode(b"caf\xe9.mp4")
+    append_jsonl(path, [{"file": name}])
+    append_jsonl(path, [{"file": "b.mp4"}])
+    assert read_jsonl(path) == [{"file": name}, {"file": "b.mp4"}]
+    write_text(tmp_path / "a.txt", name)
+    assert b"caf\xe9.mp4" in path.read_bytes() and (tmp_path / "a.txt").read_bytes() == b"caf\xe9.mp4"
+
+
+def test_what_a_link_points_to_is_replaced_not_the_link(tmp_path):
+    (tmp_path / "deep").mkdir()
+    link, there = tmp_path / "link.txt", tmp_path / "deep" / "there.txt"
+    link.symlink_to(there)
+    for text in ("new", "newer"):
+        write_text(link, text)
+        assert link.is_symlink() and there.read_text() == text and not there.is_symlink()
+    assert [path.name for path in there.parent.iterdir()] == ["there.txt"]
+
+
+@pytest.mark.parametrize(
+    "write", [lambda path: write_text(path, "text\n"), lambda path: append_jsonl(path, [{"n": 1}])]
+)
+def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path, write):
+    pipe, told = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: told.append(pipe.read_text()), daemon=True)
+    reader.start()
+    write(pipe)
+    reader.join(timeout=20)
+    assert told in (["text\n"], ['{"n": 1}\n']) and pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_where_nothing_can_be_written_is_known_before(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for place in ("new.txt", "deep/er/new.txt", "file"):
+        check_writable(tmp_path / place)
+    for place, named in (("file/a.txt", "file is in the way"), ("folder", "folder is in the way")):
+        with pytest.raises(KokaneeError, match=f"cannot be written: .*{named}"):
+            check_writable(tmp_path / place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_write_protected_place_is_known_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(KokaneeError, match="write-protected"):
+        check_writable(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [(None, "missing"), ("{", "not readable JSON"), ("[]", "list, not an object")]
+)
+def test_json_that_cannot_be_used_is_named(tmp_path, text, reason):
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(KokaneeError, match=reason):
+        read_json(path)
 
 
 def test_a_broken_line_is_named(tmp_path):

@@ -110,16 +110,16 @@ def test_two_blocks_follow_each_other_with_the_text_between():
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "reason"),
     [
-        lambda: Block("audio", (1, 2, 2)),
-        lambda: Block("video"),
-        lambda: Block("audio"),
-        lambda: Block("image", (1, 2, 2), n_audio_tokens=3),
-        lambda: block_ids(Block("video", (1, 3, 4)), rules()),
-        lambda: block_ids(Block("video", (0, 4, 4)), rules()),
+        (lambda: Block("audio", (1, 2, 2)), "sound alone has no grid"),
+        (lambda: Block("video"), "'video' with grid_thw=None"),
+        (lambda: Block("audio"), "at least one audio token"),
+        (lambda: Block("image", (1, 2, 2), n_audio_tokens=3), "image cannot hold audio"),
+        (lambda: block_ids(Block("video", (1, 3, 4)), rules()), r"\(1, 3, 4\) patches cannot be merged"),
+        (lambda: block_ids(Block("video", (0, 4, 4)), rules()), r"\(0, 4, 4\) patches cannot be merged"),
     ],
 )
-def test_impossible_blocks_are_refused(wrong):
-    with pytest.raises(KokaneeError):
+def test_impossible_blocks_are_refused(wrong, reason):
+    with pytest.raises(KokaneeError, match=reason):
         wrong()

@@ -51,6 +51,11 @@ def test_the_same_arguments_give_the_same_bytes(tmp_path: Path) -> None:
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_folders_are_made(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "deep" / "er" / "clip.mp4", moving_frames(2), 12)
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     def breaks() -> Iterator[np.ndarray]:
         yield from moving_frames(5)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kokanee.errors import KokaneeError
+from kokanee.files import file_key
 from kokanee.formats import append_jsonl
 from kokanee.outputs import (
     FORMATS,
@@ -27,8 +28,8 @@ def made(text: str = "A dog barks.", start_s: float = 0.0, end_s: float = 2.5, s
     return SimpleNamespace(text=text, start_s=start_s, end_s=end_s, sample=sample, **settings)
 
 
-def record(*captions: Any) -> dict[str, Any]:
-    return caption_record("clip.mp4", "nano", "What?", {"temperature": 0.0}, captions)
+def record(*captions: Any, **settings: Any) -> dict[str, Any]:
+    return caption_record("clip.mp4", "nano", "What?", {"temperature": 0.0, **settings}, captions)
 
 
 def test_a_record_has_the_agreed_keys_and_each_note_once():
@@ -57,7 +58,16 @@ def test_the_last_record_of_a_file_counts(tmp_path):
     path = tmp_path / "a.jsonl"
     append_jsonl(path, [error_record("clip.mp4", "cut off"), error_record("other.mp4", "empty"), record(made())])
     found = read_records(path)
-    assert found == {"clip.mp4": record(made()), "other.mp4": error_record("other.mp4", "empty")}
+    assert found == {file_key("clip.mp4"): record(made()), file_key("other.mp4"): error_record("other.mp4", "empty")}
+
+
+def test_a_file_is_the_same_however_its_path_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    names = ("clip.mp4", "sub/../clip.mp4", str(tmp_path / "clip.mp4"))
+    append_jsonl(tmp_path / "a.jsonl", [error_record(name, "cut off") for name in names])
+    (last,) = read_records(tmp_path / "a.jsonl").values()
+    assert last["file"] == names[-1]
 
 
 @pytest.mark.parametrize("line", ['{"file": "a.mp4"}', '{"version": 2, "file": "a.mp4"}', "[1]", '{"version": 1}'])
@@ -72,10 +82,11 @@ def test_a_single_caption_is_text_alone():
     assert as_txt(record(made())) == "A dog barks.\n"
 
 
-def test_several_captions_say_which_they_are():
-    parts = record(made("one"), made("two", 2.5, 5.0))
+def test_captions_of_intervals_and_samples_say_which_they_are():
+    parts = record(made("one"), made("two", 2.5, 5.0), every_s=2.5)
     assert as_txt(parts) == "[00:00:00.000 - 00:00:02.500]\none\n\n[00:00:02.500 - 00:00:05.000]\ntwo\n"
-    assert as_txt(record(made("one"), made("two", sample=1))) == "[sample 1]\none\n\n[sample 2]\ntwo\n"
+    assert as_txt(record(made("one"), every_s=10.0)) == "[00:00:00.000 - 00:00:02.500]\none\n"
+    assert as_txt(record(made("one"), made("two", sample=1), samples=2)) == "[sample 1]\none\n\n[sample 2]\ntwo\n"
 
 
 def test_subtitles_are_those_of_the_formats():

@@ -269,7 +269,7 @@ def test_folders_that_hold_no_processor_are_refused(tmp_path):
         Processor.from_pretrained(tmp_path / "missing")
     shutil.copytree(GOLDEN / "tokenizer", tmp_path / "broken")
     (tmp_path / "broken" / CONFIG_FILE).write_text("{")
-    with pytest.raises(KokaneeError, match="not JSON"):
+    with pytest.raises(KokaneeError, match="not readable JSON"):
         Processor.from_pretrained(tmp_path / "broken")
     (tmp_path / "broken" / CONFIG_FILE).write_text("[]")
     with pytest.raises(KokaneeError, match="a list"):
@@ -282,23 +282,23 @@ def test_a_tokenizer_without_the_audio_token_is_refused(processor):
 
 
 @pytest.mark.parametrize(
-    "medium",
+    ("medium", "reason"),
     [
-        clip(),
-        "clip.mp4",
-        np.zeros((3, 10, 10), dtype=np.uint8),
-        np.zeros((10, 10, 3), dtype=np.float32),
-        clip(None, np.zeros((2, 16000), dtype=np.float32)),
-        clip([*frames(2), *frames(1, 56, 112)]),
-        clip(frames(2, 100, 112)),
+        (clip(), "neither frames nor sound"),
+        ("clip.mp4", "str is no medium"),
+        (np.zeros((3, 10, 10), dtype=np.uint8), r"shape \(3, 10, 10\) and type uint8 is not an RGB picture"),
+        (np.zeros((10, 10, 3), dtype=np.float32), "type float32 is not an RGB picture"),
+        (clip(None, np.zeros((2, 16000), dtype=np.float32)), r"shape \(2, 16000\) is not mono"),
+        (clip([*frames(2), *frames(1, 56, 112)]), "all must have one size"),
+        (clip(frames(2, 100, 112)), "112 x 100 pixels do not divide into patches"),
     ],
     ids=["empty clip", "path", "channels first", "float", "stereo", "several sizes", "not resized"],
 )
-def test_media_that_cannot_be_prepared_are_refused(nano, medium):
-    with pytest.raises(KokaneeError):
+def test_media_that_cannot_be_prepared_are_refused(nano, medium, reason):
+    with pytest.raises(KokaneeError, match=reason):
         nano.prepare(medium, QUESTION)
 
 
 def test_an_empty_batch_is_refused(nano):
-    with pytest.raises(KokaneeError):
+    with pytest.raises(KokaneeError, match="at least one sample"):
         nano.collate([])

@@ -158,18 +158,18 @@ def test_without_a_system_prompt_the_conversation_begins_with_the_user(processor
 
 
 @pytest.mark.parametrize(
-    ("turns", "blocks"),
+    ("turns", "blocks", "reason"),
     [
-        ([], []),
-        ([Turn("assistant", "yes")], []),
-        ([Turn("user", "hello"), Turn(role="system", text="be brief")], []),  # type: ignore[arg-type]
-        ([Turn("user", "look", slots=((0, "video"),))], []),
-        ([Turn("user", "look", slots=((0, "image"),))], [VIDEO]),
-        ([Turn("user", "look", slots=())], [VIDEO]),
+        ([], [], "must begin with the user"),
+        ([Turn("assistant", "yes")], [], "must begin with the user"),
+        ([Turn("user", "hello"), Turn(role="system", text="be brief")], [], "no role 'system'"),  # type: ignore[arg-type]
+        ([Turn("user", "look", slots=((0, "video"),))], [], "one more medium of kind 'video'"),
+        ([Turn("user", "look", slots=((0, "image"),))], [VIDEO], "one more medium of kind 'image'"),
+        ([Turn("user", "look", slots=())], [VIDEO], r"no place for some of its media \(video\)"),
     ],
 )
-def test_conversations_that_do_not_fit_their_media_are_refused(processor, turns, blocks):
-    with pytest.raises(KokaneeError):
+def test_conversations_that_do_not_fit_their_media_are_refused(processor, turns, blocks, reason):
+    with pytest.raises(KokaneeError, match=reason):
         processor.prepare_ids(turns, blocks)
 
 

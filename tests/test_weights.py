@@ -6,16 +6,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from kokanee import weights
 from kokanee.errors import KokaneeError
 from kokanee.weights import (
     check_keys,
     empty_model,
     fill,
+    fingerprint,
     finish,
     listed,
     place_of,
     placed,
-    read_json,
     read_tensors,
     stored_shapes,
     stored_type,
@@ -70,17 +71,6 @@ def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"0123456789")
     with pytest.raises(KokaneeError, match="no complete safetensors"):
         stored_shapes(weight_files(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"), [(None, "missing"), ("{", "not readable JSON"), ("[]", "list, not an object")]
-)
-def test_json_that_cannot_be_used_is_named(tmp_path, text, reason):
-    path = tmp_path / "config.json"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(KokaneeError, match=reason):
-        read_json(path)
 
 
 def check(expected, stored, dropped=()):
@@ -147,8 +137,23 @@ def test_auto_finds_a_place_for_every_weight():
     assert placed(model, "cpu", torch.float32) == {"": torch.device("cpu")}
 
 
-def test_a_device_that_is_not_there_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for device, reason in (("toaster", "no device"), ("cuda:1", "no CUDA GPU")):
-        with pytest.raises(KokaneeError, match=reason):
-            usable(device)
+def test_auto_says_what_is_needed_where_the_memory_does_not_suffice(monkeypatch):
+    monkeypatch.setattr(weights, "get_max_memory", lambda: {"cpu": 1000})
+    with pytest.raises(KokaneeError, match=r"needs \d\.\d+ GiB in float32, .*0\.00 GiB on cpu.*bfloat16"):
+        placed(empty_model(tiny_config()), "auto", torch.float32)
+
+
+@pytest.mark.parametrize("device", ["toaster", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(KokaneeError, match=rf"device {device} cannot be used here \(.+\)\. Give 'auto', 'cpu'"):
+        usable(device)
+
+
+def test_a_fingerprint_is_that_of_the_weights():
+    model = tiny_model()
+    before = fingerprint(model)
+    assert before == fingerprint(tiny_model()) != fingerprint(tiny_model(1))
+    with torch.no_grad():
+        for layer in model.language_model.layers:
+            layer.self_attn.q_proj.weight += 1e-3
+    assert fingerprint(model) != before

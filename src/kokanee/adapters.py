@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 
 from kokanee.errors import KokaneeError
+from kokanee.formats import read_json
 from kokanee.model import Kokanee
 from kokanee.published import our_key
-from kokanee.weights import listed, read_json, read_tensors, stored_shapes, weight_files
+from kokanee.weights import listed, read_tensors, stored_shapes, weight_files
 
 ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
@@ -26,6 +28,9 @@ LORA_FIELDS = (
     "rank_pattern",
     "alpha_pattern",
 )
+PATTERNS = ("rank_pattern", "alpha_pattern")
+CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to begin an adapter that take its first value out of the base's weights: it fits only the base that is left."""
 FULLY_TRAINED = ("visual.merger", "audio.qformer", "audio.projection")
 """Modules that the published recipe trains whole, beside the adapter."""
 
@@ -43,6 +48,11 @@ def load_adapter(model: Kokanee, folder: str | Path, *, trained: bool = False) -
             f"{folder} is an adapter of type {settings.get('peft_type')} with bias {settings.get('bias')}. "
             "Kokanee loads LoRA adapters without biases."
         )
+    if str(settings.get("init_lora_weights")).lower().startswith(CHANGED_BASE):
+        raise KokaneeError(
+            f"{folder} was begun with {settings['init_lora_weights']!r}, which changes the base too: it does not fit "
+            "the base as it is. Save it with peft's path_initial_model_for_weight_conversion, or train without it."
+        )
     files = weight_files(folder, "adapter_model")
     names = {key: our_adapter_key(key) for key in stored_shapes(files)}
     config = LoraConfig(**{field: settings[field] for field in LORA_FIELDS if settings.get(field) is not None})
@@ -54,6 +64,8 @@ def load_adapter(model: Kokanee, folder: str | Path, *, trained: bool = False) -
         raise KokaneeError(
             f"{folder} adapts modules that this model has not ({listed(absent)}). Give the base that it was trained on."
         )
+    for field in PATTERNS:
+        setattr(config, field, our_pattern(getattr(config, field), modules, f"{folder}: {field}"))
     config.target_modules = modules
     config.modules_to_save = whole or None
     adapted = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
@@ -76,9 +88,22 @@ def our_adapter_key(key: str) -> str:
     if bare.startswith(("language_model.", "visual.", "audio.encoder.", "audio.projection.", "audio.qformer.encoder.")):
         return bare
     if match := LORA_KEY.fullmatch(bare):
-        module = our_key(f"{match['module']}.weight")
-        return f"{module.removesuffix('.weight')}.{match['part']}" if module else bare
+        return f"{our_module(match['module'])}.{match['part']}"
     return our_key(bare) or bare
+
+
+def our_module(name: str) -> str:
+    """Our name of the authors' module `name`; the end of a name, and a name of ours, stay as they are."""
+    return our_key(f"{name}.weight").removesuffix(".weight") or name
+
+
+def our_pattern(pattern: dict[str, Any], modules: list[str], what: str) -> dict[str, Any]:
+    """The values for single modules, named as we do. Raises `KokaneeError` for one that no adapted module has."""
+    ours = {our_module(name.removeprefix("^")): value for name, value in pattern.items()}
+    unused = [name for name in ours if not any(get_pattern_key([name], module) == name for module in modules)]
+    if unused:
+        raise KokaneeError(f"{what} names modules that are not adapted ({listed(unused)}). Mend {ADAPTER_CONFIG}.")
+    return ours
 
 
 def differences(expected: dict[str, Any], stored: dict[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from transformers.models.whisper.configuration_whisper import WhisperConfig
 from kokanee.audio import STATES_PER_S
 from kokanee.config import AUDIO, TEXT, VISION, KokaneeConfig
 from kokanee.errors import KokaneeError
+from kokanee.formats import read_json
 from kokanee.model import Kokanee
 from kokanee.processor import Processor, ProcessorConfig
 from kokanee.published import our_key
@@ -30,7 +31,6 @@ from kokanee.weights import (
     finish,
     listed,
     put,
-    read_json,
     stored_shapes,
     stored_type,
     weight_files,

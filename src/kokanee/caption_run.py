@@ -1,7 +1,7 @@
 """Captions of many files: one record after the other into a file that only grows, so that a run can be killed any time.
 
-A second run with the same settings does what is missing: files without a record, and files whose record is an error.
-A run with other settings is refused.
+A second run with the same settings does what is missing: files without a record, files whose record is an error, and
+files that have changed since. A run with other settings, or another model under the same name, is refused.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any
 
 from kokanee.captioner import BOTH, Caption, Captioner, How, Prepared, Request, check_samples, groups
 from kokanee.errors import KokaneeError
+from kokanee.files import file_key
 from kokanee.formats import append_jsonl, differences
 from kokanee.generation import Decoding
 from kokanee.outputs import Record, caption_record, error_record, read_records
+from kokanee.weights import fingerprint
 
 COMPARED = ("model", "question")
 
@@ -51,12 +53,16 @@ class Task:
             "seed": None if greedy else self.decoding.seed,
             "max_new_tokens": self.decoding.max_new_tokens,
             "dtype": str(captioner.model.dtype).removeprefix("torch."),
+            "base": captioner.base,
+            "weights": fingerprint(captioner.model),
+            "processor": captioner.processor.config.model_dump(mode="json"),
         }
 
     def record(self, captioner: Captioner, path: Path, captions: Sequence[Caption]) -> Record:
         """The record of a file with these captions."""
         question = self.question or captioner.defaults.question
-        return caption_record(path.as_posix(), captioner.name, question, self.settings(captioner), captions)
+        made = caption_record(path.as_posix(), captioner.name, question, self.settings(captioner), captions)
+        return made | version_of(path)
 
 
 @dataclass
@@ -86,9 +92,9 @@ def run(
     known = read_records(out) if out is not None and out.is_file() else {}
     check_same(out, known, task.record(captioner, Path(), ()))
     summary, waiting = Summary(), []
-    for path in dict.fromkeys(files):
-        before = known.get(path.as_posix())
-        if before is None or "error" in before:
+    for key, path in {file_key(path): path for path in files}.items():
+        before = known.get(key)
+        if before is None or "error" in before or before != before | version_of(path):
             waiting.append(path)
         else:
             summary.skipped += 1
@@ -96,7 +102,7 @@ def run(
             tell(on_record, before)
     for group in groups(waiting, 1 if task.every_s else batch_size):
         for record in caption_group(captioner, group, task, batch_size):
-            if out is not None and record != known.get(record["file"]):
+            if out is not None and record != known.get(file_key(record["file"])):
                 append_jsonl(out, [record])
             if "error" in record:
                 summary.failed[record["file"]] = record["error"]
@@ -116,13 +122,27 @@ def check_same(out: Path | None, known: dict[str, Record], now: Record) -> None:
     for record in known.values():
         if "error" in record:
             continue
-        before, wanted = ({name: side[name] for name in COMPARED} | side["settings"] for side in (record, now))
-        differing = differences(before, wanted)
+        differing = differences(compared(record), compared(now))
         if differing:
             raise KokaneeError(
                 f"{out} holds captions made with other settings ({'; '.join(differing)}). "
                 "Continue with the old settings, or write to another file."
             )
+
+
+def compared(record: Record) -> dict[str, Any]:
+    """What records of one run have in common, each setting of the processor by its own name."""
+    settings = dict(record["settings"])
+    return {name: record[name] for name in COMPARED} | settings.pop("processor", {}) | settings
+
+
+def version_of(path: Path) -> dict[str, Any]:
+    """What tells whether a file has changed: its size in bytes and when it was written. Nothing of a missing file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return {}
+    return {"size_bytes": found.st_size, "modified_s": found.st_mtime}
 
 
 def caption_group(captioner: Captioner, paths: Sequence[Path], task: Task, batch_size: int) -> list[Record]:
@@ -140,19 +160,29 @@ def caption_group(captioner: Captioner, paths: Sequence[Path], task: Task, batch
         made = captioner.answer(list(prepared.values()), task.decoding, task.n_samples)
         records |= {path: task.record(captioner, path, captions) for path, captions in zip(prepared, made, strict=True)}
     except KokaneeError as error:
-        alone = len(prepared) == 1
-        for path in prepared:
-            found = error_record(path.as_posix(), str(error)) if alone else caption_one(captioner, path, task, 1)
-            records[path] = found
-    return [records[path] for path in paths]
+        if len(prepared) == 1:
+            records |= {path: error_record(path.as_posix(), str(error)) for path in prepared}
+    # One by one outside of the handler, whose error keeps what the batch had in memory.
+    return [records[path] if path in records else caption_one(captioner, path, task, 1) for path in paths]
 
 
-def caption_one(captioner: Captioner, path: Path, task: Task, batch_size: int) -> Record:
-    """The record of one file: its captions, or why there are none."""
+def caption_one(
+    captioner: Captioner,
+    path: Path,
+    task: Task,
+    batch_size: int,
+    on_caption: Callable[[Caption], None] | None = None,
+) -> Record:
+    """The record of one file: its captions, and why there are none or not all. `on_caption` is told each at once."""
+    captions, failed = [], {}
     try:
-        return task.record(captioner, path, list(captions_of(captioner, path, task, batch_size)))
+        for caption in captions_of(captioner, path, task, batch_size):
+            captions.append(caption)
+            if on_caption is not None:
+                on_caption(caption)
     except KokaneeError as error:
-        return error_record(path.as_posix(), str(error))
+        failed = error_record(path.as_posix(), str(error))
+    return failed if failed and not captions else task.record(captioner, path, captions) | failed
 
 
 def captions_of(captioner: Captioner, path: Path, task: Task, batch_size: int = 1) -> Iterator[Caption]:

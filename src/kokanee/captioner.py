@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import torch
 
-from kokanee.checkpoints import Type, load, locate
-from kokanee.defaults import DEFAULTS_FILE, Defaults
+from kokanee.checkpoints import Type, base_of, load, locate, save
+from kokanee.defaults import Defaults, origin
 from kokanee.errors import KokaneeError
 from kokanee.files import is_image
 from kokanee.generation import Answer, Decoding, TextStream, answers, end_ids, steps, text_of
@@ -96,10 +96,17 @@ class Captioner:
     Decoding is greedy unless a `temperature` is given; `seed` then decides, in whatever batch a clip is.
     """
 
-    def __init__(self, model: Kokanee, processor: Processor, defaults: Defaults | None = None, name: str = "") -> None:
+    def __init__(
+        self,
+        model: Kokanee,
+        processor: Processor,
+        defaults: Defaults | None = None,
+        name: str = "",
+        base: str | None = None,
+    ) -> None:
         self.model, self.processor = model.eval(), processor
         self.defaults = defaults or Defaults()
-        self.name = name
+        self.name, self.base = name, base
 
     @classmethod
     def from_pretrained(
@@ -117,7 +124,6 @@ class Captioner:
         `device` "auto": all accelerators, or the CPU if there is none. `dtype` None: as stored, but float32 on a CPU.
         """
         folder = locate(name_or_folder)
-        check_device(device)
         if device == "auto" and not torch.accelerator.is_available():
             device = "cpu"
         if dtype is None and str(device) == "cpu":
@@ -125,8 +131,13 @@ class Captioner:
         model, processor = load(
             folder, dtype=dtype, device=device, base=base, attention=attention, **processor_settings
         )
-        defaults = Defaults.of(locate(base) if base is not None and not (folder / DEFAULTS_FILE).is_file() else folder)
-        return cls(model, processor, defaults, str(name_or_folder))
+        below = base_of(folder, base)
+        defaults = Defaults.of(origin(folder, below))
+        return cls(model, processor, defaults, str(name_or_folder), None if below is None else str(below))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a Kokanee folder with the checkpoint's own question; see `checkpoints.save`."""
+        self.defaults.save(save(self.model, self.processor, folder))
 
     def caption(
         self,
@@ -314,17 +325,6 @@ class CaptionStream:
         if piece := text.end():
             yield piece
         self.caption = self.captioner.made(self.part, answer, self.decoding)
-
-
-def check_device(device: Device) -> None:
-    """Raise `KokaneeError` for a single device that is not here."""
-    if isinstance(device, dict) or device == "auto":
-        return
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise KokaneeError(f"The device {device} cannot be used here ({reason}). Give 'auto' or 'cpu'.") from error
 
 
 def check_samples(n_samples: int, temperature: float) -> None:

@@ -26,8 +26,9 @@ from kokanee import published
 from kokanee.adapters import ADAPTER_CONFIG, load_adapter, merge
 from kokanee.base import make_base
 from kokanee.errors import KokaneeError
+from kokanee.formats import read_json
 from kokanee.model import Kokanee, KokaneeConfig
-from kokanee.processor import Processor
+from kokanee.processor import CONFIG_FILE, Processor
 from kokanee.weights import (
     Device,
     check_keys,
@@ -36,7 +37,6 @@ from kokanee.weights import (
     finish,
     listed,
     placed,
-    read_json,
     read_tensors,
     stored_shapes,
     stored_type,
@@ -72,13 +72,12 @@ def load(
     """
     folder = locate(name_or_folder)
     layout = identify(folder)
-    if layout == "adapter":
-        model, processor = load(
-            base or named_base(folder), dtype=dtype, device=device, attention=attention, **processor_settings
-        )
+    below = base_of(folder, base)
+    if below is not None:
+        if layout != "adapter":
+            raise KokaneeError(f"{folder} is a whole model, not an adapter, so it needs no base. Leave `base` out.")
+        model, processor = load(below, dtype=dtype, device=device, attention=attention, **processor_settings)
         return merge(load_adapter(model, folder)), processor
-    if base is not None:
-        raise KokaneeError(f"{folder} is a whole model, not an adapter, so it needs no base. Leave `base` out.")
     processor = Processor.from_pretrained(folder, **processor_settings)
     config = KokaneeConfig.from_pretrained(folder) if layout == "kokanee" else theirs(folder)
     model = load_weights(folder, config, layout, as_type(dtype), device, attention)
@@ -112,11 +111,21 @@ def locate(name_or_folder: str | Path) -> Path:
 
 def identify(folder: Path) -> Layout:
     """Which layout `folder` has. Raises `KokaneeError`, saying what was found, for one that cannot be loaded."""
-    if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
+    if is_adapter(folder):
         return "adapter"
+    if not (folder / CONFIG).is_file():
+        inside = folder / "model"
+        remedy = f"Give {inside}." if (inside / CONFIG).is_file() else "Give the folder of a checkpoint."
+        names = sorted(path.name for path in folder.iterdir())
+        raise KokaneeError(f"{folder} holds no model: {CONFIG} is missing (found: {listed(names)}). {remedy}")
     config = read_json(folder / CONFIG)
     kind, architectures = config.get("model_type"), config.get("architectures") or []
     if kind == KokaneeConfig.model_type:
+        if not (folder / CONFIG_FILE).is_file():
+            raise KokaneeError(
+                f"{folder} holds a Kokanee model without its {CONFIG_FILE}, so what the model was shown in training is "
+                "not known. Copy the file from the checkpoint that the model comes from."
+            )
         return "kokanee"
     if published.ARCHITECTURE in architectures or (kind == "qwen2_5_vl" and config.get("audio_config")):
         return "salmonn2plus"
@@ -136,8 +145,18 @@ def identify(folder: Path) -> Layout:
     raise KokaneeError(f"{found}. Give a Kokanee folder or a video-SALMONN 2+ checkpoint.")
 
 
-def named_base(folder: Path) -> str:
-    """The base that an adapter's config names, if it can be found from here. Else `KokaneeError`."""
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter alone."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file()
+
+
+def base_of(folder: Path, base: str | Path | None = None) -> str | Path | None:
+    """What an adapter is merged into: `base`, or else what its config names; None for a whole model.
+
+    Raises `KokaneeError` for an adapter whose base cannot be found from here.
+    """
+    if base is not None or not is_adapter(folder):
+        return base
     name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
     if name and (Path(name).is_dir() or HUB_NAME.fullmatch(name)):
         return name
@@ -246,9 +265,9 @@ def check_tokens(config: KokaneeConfig, processor: Processor) -> None:
 
 
 def save(model: Kokanee, processor: Processor, folder: str | Path) -> Path:
-    """Write a Kokanee folder; a finished one appears at once or not at all. An older checkpoint there is replaced.
+    """Write a Kokanee folder; a finished one appears at once or not at all. An older one there is replaced.
 
-    Raises `KokaneeError` for a model with an unmerged adapter, and for a folder that holds something else.
+    Raises `KokaneeError` for a model with an unmerged adapter, and for a folder that holds anything else.
     """
     if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
         raise KokaneeError("The model has an adapter that is not merged. Call checkpoints.merge first.")
@@ -261,8 +280,9 @@ def save(model: Kokanee, processor: Processor, folder: str | Path) -> Path:
 @contextlib.contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder`, which takes its place when the block ends without an error."""
-    if folder.exists() and not (folder / CONFIG).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise KokaneeError(f"{folder} exists and is no checkpoint. Choose another place, or remove it first.")
+    folder = folder.resolve()
+    if folder.exists() and not is_own(folder) and (folder.is_file() or any(folder.iterdir())):
+        raise KokaneeError(f"{folder} exists and is no Kokanee folder. Choose another place, or remove it first.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     unfinished, old = work / "new", work / "old"
@@ -273,7 +293,18 @@ def replaced(folder: Path) -> Iterator[Path]:
             folder.rename(old)
         unfinished.rename(folder)
     finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         shutil.rmtree(work, ignore_errors=True)
+
+
+def is_own(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint as `save` writes it."""
+    try:
+        kind = read_json(folder / CONFIG).get("model_type")
+    except KokaneeError:
+        return False
+    return kind == KokaneeConfig.model_type and (folder / CONFIG_FILE).is_file()
 
 
 @contextlib.contextmanager
@@ -289,7 +320,12 @@ def silent() -> Iterator[None]:
 
 
 def convert(source: str | Path, folder: str | Path, *, dtype: Type = None, base: str | Path | None = None) -> Path:
-    """Write any checkpoint that `load` takes as a Kokanee folder."""
+    """Write any checkpoint that `load` takes as a Kokanee folder. Raises `KokaneeError` where that would replace it."""
+    source = locate(source)
+    below = base_of(source, base)
+    for used in (source, *([] if below is None else [locate(below)])):
+        if used.resolve().is_relative_to(Path(folder).resolve()):
+            raise KokaneeError(f"{folder} holds {used}, which is to be converted. Choose another place.")
     return save(*load(source, dtype=dtype, base=base), folder)
 
 

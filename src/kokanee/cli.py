@@ -102,7 +102,7 @@ def convert(
     """
     from kokanee.checkpoints import assemble
     from kokanee.checkpoints import convert as convert_checkpoint
-    from kokanee.defaults import inherit
+    from kokanee.defaults import Defaults, origin
 
     if whisper is not None:
         if base is not None:
@@ -112,7 +112,7 @@ def convert(
         typer.echo(assemble(source, whisper, out, dtype=dtype, seed=seed))
         return
     folder = convert_checkpoint(source, out, dtype=dtype, base=base)
-    inherit(base or source, folder)
+    Defaults.of(origin(source, base)).save(folder)
     typer.echo(folder)
 
 

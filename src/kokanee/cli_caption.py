@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kokanee.console import bar, say
+from kokanee.console import bar, key_value, say
 from kokanee.errors import KokaneeError
-from kokanee.files import Found, find, output_names
-from kokanee.formats import write_text
-from kokanee.outputs import FORMATS, SUBTITLES, Record, txt_entry
+from kokanee.files import Found, file_key, find, output_names
+from kokanee.formats import check_writable, write_text
+from kokanee.outputs import FORMATS, SUBTITLES, Record, caption_entry, read_records, txt_entry
 
 if TYPE_CHECKING:
     from kokanee.caption_run import Summary, Task
     from kokanee.captioner import Captioner
 
 RECORDS = "captions.jsonl"
+STANDARD_OUTPUT = (Path("-"), Path("/dev/stdout"))
 SUBTITLES_EVERY_S = 10.0
 NAMED = 20
 
@@ -52,14 +53,17 @@ class Plan:
         """The file of records of a run."""
         if self.out is None:
             return None
-        return self.out if self.format == "jsonl" and self.out.suffix and not self.out.is_dir() else self.out / RECORDS
+        is_file = (self.out.suffix or self.out.exists()) and not self.out.is_dir()
+        return self.out if self.format == "jsonl" and is_file else self.out / RECORDS
 
     @property
-    def file(self) -> Path | None:
-        """The file of a single caption."""
-        if self.out is None or not self.out.is_dir():
-            return self.out
-        return self.out / output_names(self.found, self.format)[self.found[0].path]
+    def files(self) -> dict[str, Path]:
+        """`file_key` of each input -> the file of its captions; none where records are all that is written."""
+        if self.out is None or (self.is_run and self.format == "jsonl"):
+            return {}
+        if not self.several and not self.out.is_dir():
+            return {file_key(self.found[0].path): self.out}
+        return {file_key(path): self.out / name for path, name in output_names(self.found, self.format).items()}
 
 
 Inputs = Annotated[list[str], typer.Argument(help="Files, folders, or glob patterns in quotes.")]
@@ -75,8 +79,10 @@ FormatName = Annotated[
     typer.Option("--format", "-f", help="By default as --out ends; else txt for one file, jsonl for several."),
 ]
 Out = Annotated[
-    Path | None, typer.Option("--out", "-o", help="A file; for several files in txt, json, srt or vtt a folder.")
+    Path | None,
+    typer.Option("--out", "-o", help="A file; for several files in txt, json, srt or vtt a folder; - prints."),
 ]
+Overwrite = Annotated[bool, typer.Option(help="In that folder, replace files that are not from this run.")]
 Samples = Annotated[int, typer.Option(min=1, help="Captions of each file or interval.")]
 Temperature = Annotated[
     float | None, typer.Option(min=0, help="0 is greedy, the default for one sample; for several it is 1.")
@@ -90,6 +96,10 @@ Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Search sub-f
 BatchSize = Annotated[int, typer.Option(min=1, help="Files or intervals that are computed together.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")]
 Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16, float32; by default as stored, on a CPU float32.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of the processor, such as max_frames=64."),
+]
 Base = Annotated[str | None, typer.Option(help="Where MODEL is an adapter: the model it belongs to.")]
 
 
@@ -102,6 +112,7 @@ def caption(
     every: Every = None,
     format_: FormatName = None,
     out: Out = None,
+    overwrite: Overwrite = False,
     samples: Samples = 1,
     temperature: Temperature = None,
     top_p: TopP = 0.9,
@@ -114,17 +125,21 @@ def caption(
     device: Device = "auto",
     dtype: Dtype = None,
     base: Base = None,
+    set_: Set = None,
 ) -> None:
     """Tell what happens in videos, sound files and images.
 
     A single file's caption appears as it is made. Several files get a record each in --out, as they are done; the same
-    command again goes on where it stopped, and tries failed files again.
+    command again goes on where it stopped, and does failed and changed files again.
     """
     if audio_only and video_only:
         raise typer.BadParameter("cannot be used together", param_hint="--audio-only, --video-only")
+    if end is not None and end <= (start or 0):
+        raise typer.BadParameter(f"{end:g} is not after the start at {start or 0:g}", param_hint="--end")
     if temperature is None:
         temperature = 0.0 if samples == 1 else 1.0
-    plan = make_plan(inputs, recursive, format_, out, samples)
+    plan = make_plan(inputs, recursive, format_, None if out in STANDARD_OUTPUT else out, samples, overwrite)
+    replaced = dict(key_value(item) for item in set_ or [])
     if every is None and plan.format in SUBTITLES:
         every = SUBTITLES_EVERY_S
     use = ("audio",) if audio_only else ("video",) if video_only else ("video", "audio")
@@ -135,10 +150,12 @@ def caption(
     from kokanee.caption_run import Task
     from kokanee.captioner import Captioner, check_samples
     from kokanee.generation import Decoding
+    from kokanee.processor import ProcessorConfig
 
     Decoding(**how)
     check_samples(samples, temperature)
-    captioner = Captioner.from_pretrained(model, device=device, dtype=dtype, base=base)
+    ProcessorConfig(**{key: value for key, value in replaced.items() if key not in ProcessorConfig.model_fields})
+    captioner = Captioner.from_pretrained(model, device=device, dtype=dtype, base=base, **replaced)
     task = Task(question, start, end, every, samples, use, captioner.decoding(how))  # pyright: ignore[reportArgumentType]
     if plan.is_run:
         caption_several(captioner, plan, task, batch_size)
@@ -146,7 +163,9 @@ def caption(
         caption_single(captioner, plan, task, batch_size)
 
 
-def make_plan(inputs: list[str], recursive: bool, wanted: Format | None, out: Path | None, samples: int) -> Plan:
+def make_plan(
+    inputs: list[str], recursive: bool, wanted: Format | None, out: Path | None, samples: int, overwrite: bool
+) -> Plan:
     """What to do with which files. Raises `KokaneeError` or a usage error for what cannot be done."""
     found, several = find(inputs, recursive)
     ending = out.suffix[1:] if out is not None and not out.is_dir() else ""
@@ -160,34 +179,54 @@ def make_plan(inputs: list[str], recursive: bool, wanted: Format | None, out: Pa
     plan = Plan(found, several, format_, out)
     if several and out is None and format_ not in ("txt", "jsonl"):
         raise typer.BadParameter(f"several files in {format_} need a folder to be written to", param_hint="--out")
-    if several and out is not None and format_ != "jsonl":
-        if out.is_file() or ending in FORMATS:
-            raise typer.BadParameter(f"{out} is one file; several in {format_} need a folder", param_hint="--out")
-        output_names(found, format_)
-    if out is not None and any(hit.path.absolute() == out.absolute() for hit in found):
-        raise typer.BadParameter(f"{out} is to be captioned and would be overwritten", param_hint="--out")
+    if several and out is not None and format_ != "jsonl" and (out.is_file() or ending in FORMATS):
+        raise typer.BadParameter(f"{out} is one file; several in {format_} need a folder", param_hint="--out")
+    check_targets(plan, overwrite)
     return plan
+
+
+def check_targets(plan: Plan, overwrite: bool) -> None:
+    """Raise where a file that is to be written cannot be, is to be captioned, or is there and not from this run."""
+    files, records = plan.files, plan.records if plan.is_run else None
+    read = {hit.path.resolve() for hit in plan.found}
+    for target in [*files.values(), *([] if records is None else [records])]:
+        if target.resolve() in read:
+            raise typer.BadParameter(f"{target} is to be captioned and would be overwritten", param_hint="--out")
+        check_writable(target)
+    if records is None or overwrite:
+        return
+    known = read_records(records) if records.is_file() else {}
+    foreign = [target for key, target in files.items() if target.exists() and key not in known]
+    if foreign:
+        more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
+        raise KokaneeError(
+            f"{foreign[0]} is there{more}, and {records} has no record of it. Choose another folder, or replace such "
+            "files with --overwrite."
+        )
 
 
 def caption_single(captioner: Captioner, plan: Plan, task: Task, batch_size: int) -> None:
     """One file, to standard output or to a file of its own."""
-    path = plan.found[0].path
-    if plan.format == "txt" and plan.out is None:
+    path, target = plan.found[0].path, next(iter(plan.files.values()), None)
+    if plan.format == "txt" and target is None:
         record = write_as_made(captioner, path, task, batch_size)
     else:
-        from kokanee.caption_run import captions_of
+        from kokanee.caption_run import caption_one
 
-        record = task.record(captioner, path, list(captions_of(captioner, path, task, batch_size)))
-        text = FORMATS[plan.format](record)
-        if plan.file is None:
-            typer.echo(text, nl=False)
-        else:
-            write_text(plan.file, text)
-    for note in record["notes"]:
+        with bar(hidden=task.every_s is None or target is None) as progress:
+            shown = progress.add_task("intervals", total=None)
+            record = caption_one(captioner, path, task, batch_size, lambda _: progress.advance(shown))
+        if "captions" in record:
+            text = FORMATS[plan.format](record)
+            typer.echo(text, nl=False) if target is None else write_text(target, text)
+    for note in record.get("notes", ()):
         say(f"{path}: {note}")
-    cut = sum(not caption["finished"] for caption in record["captions"])
+    captions = record.get("captions", ())
+    cut = sum(not caption["finished"] for caption in captions)
     if cut:
-        say(f"{path}: {cut} of {len(record['captions'])} captions cut off at {task.decoding.max_new_tokens} tokens")
+        say(f"{path}: {cut} of {len(captions)} captions cut off at {task.decoding.max_new_tokens} tokens")
+    if "error" in record:
+        raise KokaneeError(record["error"])
 
 
 def write_as_made(captioner: Captioner, path: Path, task: Task, batch_size: int) -> Record:
@@ -202,12 +241,10 @@ def write_as_made(captioner: Captioner, path: Path, task: Task, batch_size: int)
         return task.record(captioner, path, [stream.caption])
     from kokanee.caption_run import captions_of
 
-    captions = []
+    captions, settings = [], task.settings(captioner)
     for number, made in enumerate(captions_of(captioner, path, task, batch_size)):
         captions.append(made)
-        entry = task.record(captioner, path, [made])["captions"][0]
-        text = txt_entry(entry, task.every_s is not None, task.n_samples > 1)
-        typer.echo(("\n" if number else "") + text, nl=False)
+        typer.echo(("\n" if number else "") + txt_entry(caption_entry(made), settings), nl=False)
     return task.record(captioner, path, captions)
 
 
@@ -215,17 +252,16 @@ def caption_several(captioner: Captioner, plan: Plan, task: Task, batch_size: in
     """Many files: a record each as they are done, and files in the wanted format. Exits with 1 if any failed."""
     from kokanee.caption_run import run
 
-    names = {} if plan.format == "jsonl" else output_names(plan.found, plan.format)
-    names = {path.as_posix(): name for path, name in names.items()}
+    files = plan.files
     with bar("{task.fields[file]}", hidden=plan.out is None and sys.stdout.isatty()) as progress:
-        shown = progress.add_task("captions", total=len({hit.path for hit in plan.found}), file="")
+        shown = progress.add_task("captions", total=len(plan.found), file="")
 
         def on_record(record: Record) -> None:
             progress.update(shown, advance=1, file=record["file"])
             if plan.out is None:
                 write_record(record, plan.format)
-            elif names and "error" not in record:
-                write_text(plan.out / names[record["file"]], FORMATS[plan.format](record))
+            elif files and "error" not in record:
+                write_text(files[file_key(record["file"])], FORMATS[plan.format](record))
 
         try:
             summary = run(captioner, [hit.path for hit in plan.found], plan.records, task, batch_size, on_record)

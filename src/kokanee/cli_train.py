@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kokanee.console import bar
+from kokanee.console import bar, key_value
 from kokanee.errors import KokaneeError
 from kokanee.launch import as_worker, is_main, is_worker, launch
 
@@ -54,25 +54,18 @@ def train(
 
 def read_settings(recipe: Path, replaced: Sequence[str]) -> Recipe:
     """The recipe with the settings `KEY=VALUE` replaced; values are YAML, and KEY may be a path like data.exact."""
-    import yaml
-
     from kokanee.recipes import read_recipe, read_yaml
 
     settings: dict[str, Any] = read_yaml(recipe) if replaced else {}
     for item in replaced:
-        name, equals, value = item.partition("=")
-        *path, key = name.strip().split(".")
-        if not equals or not key:
-            raise typer.BadParameter(f"{item!r} is not KEY=VALUE", param_hint="--set")
+        name, value = key_value(item)
+        *path, key = name.split(".")
         place = settings
         for part in path:
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
                 raise KokaneeError(f"--set {item}: '{part}' is a single value in {recipe}, and has no '{key}' inside.")
-        try:
-            place[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise typer.BadParameter(f"{item!r}: the value is no YAML ({error})", param_hint="--set") from error
+        place[key] = value
     return read_recipe(recipe, **settings)
 
 

@@ -12,6 +12,19 @@ def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
+def key_value(item: str) -> tuple[str, Any]:
+    """KEY=VALUE of an option --set; the value is YAML."""
+    import yaml
+
+    key, equals, value = item.partition("=")
+    if not equals or not key.strip():
+        raise typer.BadParameter(f"{item!r} is not KEY=VALUE", param_hint="--set")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise typer.BadParameter(f"{item!r}: the value is no YAML ({error})", param_hint="--set") from error
+
+
 def bar(*more: str, hidden: bool = False) -> Any:
     """A progress bar on standard error that leaves standard output alone; `more` are templates of further columns."""
     from rich.console import Console

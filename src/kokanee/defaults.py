@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from kokanee.checkpoints import locate
+from kokanee.checkpoints import base_of, locate
 from kokanee.errors import KokaneeError
 from kokanee.formats import write_json
 
@@ -45,10 +45,8 @@ class Defaults:
         write_json(folder / DEFAULTS_FILE, asdict(self))
 
 
-def inherit(source: str | Path, folder: Path) -> None:
-    """Give a model that was made from the checkpoint `source` the defaults of that checkpoint, if it has any."""
-    if str(source).endswith((".yaml", ".yml")):
-        return  # a fresh model
-    origin = locate(source)
-    if (origin / DEFAULTS_FILE).is_file():
-        Defaults.of(origin).save(folder)
+def origin(source: str | Path, base: str | Path | None = None) -> Path:
+    """The folder whose defaults count for a checkpoint: its own, or its base's for an adapter without any."""
+    folder = locate(source)
+    below = None if (folder / DEFAULTS_FILE).is_file() else base_of(folder, base)
+    return folder if below is None else origin(below)

@@ -52,6 +52,12 @@ def is_image(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix.lower() in IMAGES
 
 
+def file_key(path: str | os.PathLike[str]) -> str:
+    """What a file is known by, however its path is written; a link to a file is a file of its own."""
+    path = Path(path)
+    return str(path.parent.resolve() / path.name)
+
+
 def find(named: Sequence[str], recursive: bool = False) -> tuple[list[Found], bool]:
     """The files meant by files, folders and glob patterns, each once, and whether several were asked for.
 
@@ -59,7 +65,7 @@ def find(named: Sequence[str], recursive: bool = False) -> tuple[list[Found], bo
     hidden files are left out. A plain path is taken as it is, even if there is no such file: reading it will say so.
     Raises `KokaneeError` for a folder or pattern that holds nothing.
     """
-    found: dict[Path, Found] = {}
+    found: dict[str, Found] = {}
     several = len(named) > 1
     for name in named:
         path = Path(name).expanduser()
@@ -72,7 +78,7 @@ def find(named: Sequence[str], recursive: bool = False) -> tuple[list[Found], bo
         else:
             hits = [Found(path, Path(path.name))]
         for hit in hits:
-            found.setdefault(hit.path, hit)
+            found.setdefault(file_key(hit.path), hit)
     return list(found.values()), several
 
 

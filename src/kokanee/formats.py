@@ -11,16 +11,26 @@ from typing import Any
 
 from kokanee.errors import KokaneeError
 
+UTF8: Any = {"encoding": "utf-8", "errors": "surrogateescape"}
+"""How text is stored: UTF-8, and names of files that are none byte by byte as they are."""
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name, then rename it: readers see the old file or the new one, never a half."""
     with replaced_file(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text(text, **UTF8)
 
 
 @contextlib.contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; the file takes the place of `path` when the block ends well."""
+    """A name to write to; the file takes the place of `path` (or of what it links to) when the block ends well.
+
+    What is there and is no file, such as a pipe, is written to directly.
+    """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -30,44 +40,87 @@ def replaced_file(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Raise `KokaneeError` where no file could be written to `path`; folders on the way to it may be missing."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    writable = os.access(there, os.W_OK) and there.is_dir() == (there != path)
+    if not writable:
+        raise KokaneeError(f"{path} cannot be written: {there} is in the way or write-protected. Choose another place.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises `KokaneeError` if it is missing or broken."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise KokaneeError(f"{path} is missing. Give the folder of a complete checkpoint.") from None
+    except (OSError, ValueError) as error:
+        raise KokaneeError(f"{path} is not readable JSON ({error}). Download or copy it again.") from error
+    if not isinstance(found, dict):
+        raise KokaneeError(f"{path} holds a {type(found).__name__}, not an object. Download or copy it again.")
+    return found
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write one JSON value, atomically."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
 def append_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Add records to the end of a file, one line each, and see them onto the disk."""
+    """Add records to the end of a file, one line each, and see them onto the disk; see `mend_end`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    drop_half_line(path)
-    with path.open("a", encoding="utf-8") as file:
+    mend_end(path)
+    with path.open("a", **UTF8) as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
         file.flush()
-        os.fsync(file.fileno())
+        if path.is_file():
+            os.fsync(file.fileno())
 
 
-def drop_half_line(path: Path) -> None:
-    """Cut off a last line without an end: what a writer that was killed left behind."""
+def mend_end(path: Path) -> None:
+    """End the last line of a file of records; where it is no JSON, a writer that was killed left it, and it is cut off.
+
+    Raises `KokaneeError` for a file that does not begin with a record: it holds something else, and is left as it is.
+    """
     if not path.is_file() or path.stat().st_size == 0:
         return
     with path.open("rb+") as file:
+        if not isinstance(parsed(file.readline()), dict):
+            raise KokaneeError(f"{path} does not begin with a record, so none is added. Choose another file.")
         file.seek(-1, os.SEEK_END)
         if file.read(1) == b"\n":
             return
-        text = path.read_bytes()
-        file.truncate(text.rfind(b"\n") + 1)
+        file.seek(0)
+        text = file.read()
+        last = text.rfind(b"\n") + 1
+        if parsed(text[last:]) is None:
+            file.truncate(last)
+        else:
+            file.write(b"\n")
+
+
+def parsed(line: bytes) -> Any:
+    """The JSON value of a line; None where it is none."""
+    try:
+        return json.loads(line.decode(**UTF8))
+    except ValueError:
+        return None
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a file, without a half line at its end. Raises `KokaneeError` for a line that is no JSON."""
+    """All lines of a file, without half a line at its end. Raises `KokaneeError` for another line that is no JSON."""
     if not path.is_file():
         raise KokaneeError(f"{path} is not there. Check the path.")
     records = []
     # str.splitlines would also cut at characters such as U+2028, which JSON texts may hold.
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            records.append(json.loads(line.decode(**UTF8)))
         except ValueError as error:
+            if number == len(lines) and (records or not line):
+                break
             raise KokaneeError(f"{path}, line {number} is not JSON ({error}). Mend or remove the line.") from error
     return records
 

@@ -9,6 +9,7 @@ Axes: B prompts, R rows (samples of a prompt stand next to each other), L tokens
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -99,6 +100,19 @@ def steps(
         logits_RV = one_more(model, chosen_R, mask_RL, last_3R1, cache)
 
 
+@contextlib.contextmanager
+def memory_said() -> Iterator[None]:
+    """Says what helps where a device's memory does not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise KokaneeError(
+            f"The device has too little memory ({str(error).partition('. GPU')[0]}). Caption shorter parts (--end, "
+            "--every), fewer files at once (--batch-size 1), or load the model in bfloat16 (--dtype bfloat16)."
+        ) from error
+
+
+@memory_said()
 @torch.no_grad()
 def prefill(model: Kokanee, batch: dict[str, torch.Tensor], n_samples: int) -> tuple[torch.Tensor, Any]:
     """Scores (R, V) of the first token and the cache of the prompts, both repeated for each of the samples."""
@@ -109,6 +123,7 @@ def prefill(model: Kokanee, batch: dict[str, torch.Tensor], n_samples: int) -> t
     return out.logits[:, -1].repeat_interleave(n_samples, 0), out.past_key_values
 
 
+@memory_said()
 @torch.no_grad()
 def one_more(
     model: Kokanee, tokens_R: torch.Tensor, mask_RL: torch.Tensor, position_3R1: torch.Tensor, cache: Any

@@ -18,6 +18,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from kokanee.errors import KokaneeError
+from kokanee.formats import replaced_file
 
 AAC_BITS_PER_SAMPLE = 4
 
@@ -37,8 +38,8 @@ def write_clip(
 
     Frames are taken one by one, so a generator serves for any length. Picture: H.264, yuv420p, BT.601, `crf` (lower is
     finer), a key frame at least every `keyframe_every` frames. Sound: AAC at 4 bits a sample. The file appears at
-    `path` whole or not at all. Raises KokaneeError when there is no frame, or a frame has a wrong type, an odd side or
-    another size than the first.
+    `path` whole or not at all; missing folders are made. Raises KokaneeError when there is no frame, or a frame has a
+    wrong type, an odd side or another size than the first.
     """
     path = Path(path)
     rate = Fraction(fps).limit_denominator(1001)
@@ -48,9 +49,9 @@ def write_clip(
     first = next(frames, None)
     if first is None:
         raise KokaneeError(f"Cannot write {path.name}: there is no frame. Give at least one H,W,3 uint8 array.")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    options = {"fflags": "+bitexact"}
     try:
-        with av.open(str(partial), "w", format="mp4", container_options={"fflags": "+bitexact"}) as container:
+        with replaced_file(path) as name, av.open(str(name), "w", format="mp4", container_options=options) as container:
             video = _video_stream(container, first.shape, rate, crf, preset, keyframe_every)
             sound = None if waveform is None else _SoundTrack(container, np.asarray(waveform, np.float32), rate_hz)
             reformatter = VideoReformatter()
@@ -61,11 +62,8 @@ def write_clip(
             container.mux(video.encode(None))
             if sound is not None:
                 sound.finish()
-        os.replace(partial, path)
     except av.error.FFmpegError as error:
         raise KokaneeError(f"Cannot write {path}: {error}. Check the folder, its free space and the sizes.") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -26,10 +26,10 @@ from kokanee.attention import SEGMENT_ATTENTION
 from kokanee.audio import AudioBranch
 from kokanee.config import KokaneeConfig
 from kokanee.errors import KokaneeError
+from kokanee.prompt import IGNORED
 
 __all__ = ["IGNORED", "Kokanee", "KokaneeConfig"]
 
-IGNORED = -100
 MEDIA = ("image", "video", "audio")
 PIXEL_INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "input_features")
 EMBED_INPUTS = ("image_embeds", "video_embeds", "audio_embeds")

@@ -3,10 +3,12 @@
 A record is what is known of one file after it was tried:
 
     {"version": 1, "file": ..., "model": ..., "question": ..., "settings": {...},
-     "captions": [{"start_s", "end_s", "sample", "seed", "text", "finished"}, ...], "notes": [...]}
+     "captions": [{"start_s", "end_s", "sample", "seed", "text", "finished"}, ...], "notes": [...],
+     "size_bytes": ..., "modified_s": ...}
     {"version": 1, "file": ..., "error": ...}
 
-Where a list of records has several of one file, the last counts.
+A file that failed after some of its intervals has both: the captions that were made, and the error. Where a list of
+records has several of one file, the last counts.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kokanee.errors import KokaneeError
+from kokanee.files import file_key
 from kokanee.formats import read_jsonl
 
 VERSION = 1
@@ -53,18 +56,20 @@ def caption_record(
         "model": model,
         "question": question,
         "settings": settings,
-        "captions": [
-            {
-                "start_s": round(caption.start_s, 3),
-                "end_s": round(caption.end_s, 3),
-                "sample": caption.sample,
-                "seed": caption.seed,
-                "text": caption.text,
-                "finished": caption.finished,
-            }
-            for caption in captions
-        ],
+        "captions": [caption_entry(caption) for caption in captions],
         "notes": list(dict.fromkeys(note for caption in captions for note in caption.notes)),
+    }
+
+
+def caption_entry(caption: Captioned) -> dict[str, Any]:
+    """A caption as a record keeps it."""
+    return {
+        "start_s": round(caption.start_s, 3),
+        "end_s": round(caption.end_s, 3),
+        "sample": caption.sample,
+        "seed": caption.seed,
+        "text": caption.text,
+        "finished": caption.finished,
     }
 
 
@@ -74,31 +79,27 @@ def error_record(file: str, error: str) -> Record:
 
 
 def read_records(path: Path) -> dict[str, Record]:
-    """File -> its last record, of a file of records. Raises `KokaneeError` for anything that is none."""
+    """`file_key` of a file -> its last record, of a file of records. Raises `KokaneeError` for what is none."""
     found = {}
     for number, record in enumerate(read_jsonl(path), 1):
         if not isinstance(record, dict) or record.get("version") != VERSION or "file" not in record:
             raise KokaneeError(
                 f"{path}, line {number} is no record of a caption in version {VERSION}. Choose another file."
             )
-        found[record["file"]] = record
+        found[file_key(record["file"])] = record
     return found
 
 
 def as_txt(record: Record) -> str:
-    """The text alone; where there are several captions, each after its interval and its number."""
-    captions = record["captions"]
-    if len(captions) == 1:
-        return captions[0]["text"] + "\n"
-    spans = {(caption["start_s"], caption["end_s"]) for caption in captions}
-    several = any(caption["sample"] for caption in captions)
-    return "\n".join(txt_entry(caption, len(spans) > 1, several) for caption in captions)
+    """The text alone; where intervals or samples were asked for, each after its interval and its number."""
+    return "\n".join(txt_entry(caption, record["settings"]) for caption in record["captions"])
 
 
-def txt_entry(caption: dict[str, Any], with_interval: bool, with_sample: bool) -> str:
-    """One of several captions in a text."""
-    head = [f"{clock(caption['start_s'], '.')} - {clock(caption['end_s'], '.')}"] if with_interval else []
-    head += [f"sample {caption['sample'] + 1}"] if with_sample else []
+def txt_entry(caption: dict[str, Any], settings: dict[str, Any]) -> str:
+    """One of the captions in a text, by the settings of its record."""
+    by_interval, by_sample = settings.get("every_s") is not None, settings.get("samples", 1) > 1
+    head = [f"{clock(caption['start_s'], '.')} - {clock(caption['end_s'], '.')}"] if by_interval else []
+    head += [f"sample {caption['sample'] + 1}"] if by_sample else []
     return (f"[{', '.join(head)}]\n" if head else "") + caption["text"] + "\n"
 
 

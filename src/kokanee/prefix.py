@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import pad
 
-IGNORED = -100
+from kokanee.prompt import IGNORED
+
 PADDING = -1
 Sample = dict[str, torch.Tensor]
 

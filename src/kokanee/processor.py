@@ -14,9 +14,7 @@ A batch is the same with a batch axis in ids, labels and positions, and the medi
 from __future__ import annotations
 
 import difflib
-import json
 import math
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 
 from kokanee.errors import KokaneeError
+from kokanee.formats import read_json, write_text
 from kokanee.layout import Block, Positions, Rules
 from kokanee.media import Clip, Sampling, make_clip, read_clip
 from kokanee.patches import check_frame, patchify, resize, target_size
@@ -175,9 +174,9 @@ class Processor:
         own, published = folder / CONFIG_FILE, folder / "preprocessor_config.json"
         known = {}
         if own.is_file():
-            known = _read_json(own)
+            known = read_json(own)
         elif published.is_file():
-            theirs = _read_json(published)
+            theirs = read_json(published)
             names = {"image_mean": "pixel_mean", "image_std": "pixel_std"}
             keys = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
             known = {names.get(key, key): theirs[key] for key in keys if key in theirs}
@@ -188,9 +187,7 @@ class Processor:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
-        unfinished = folder / f".{CONFIG_FILE}.tmp"
-        unfinished.write_text(self.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, folder / CONFIG_FILE)
+        write_text(folder / CONFIG_FILE, self.config.model_dump_json(indent=2) + "\n")
 
     def read(
         self,
@@ -375,13 +372,3 @@ def _concatenate(parts: Sequence[Sample]) -> Sample:
     """The tensors of the parts, one after the other under each key."""
     keys = dict.fromkeys(key for part in parts for key in part)
     return {key: torch.cat([part[key] for part in parts if key in part]) for key in keys}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise KokaneeError(f"{path} is not JSON ({error}). Restore the file.") from error
-    if not isinstance(settings, dict):
-        raise KokaneeError(f"{path} holds a {type(settings).__name__} instead of settings by name. Restore the file.")
-    return settings

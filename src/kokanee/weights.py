@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,9 +11,11 @@ from pathlib import Path
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
+from accelerate.utils import get_max_memory
 from safetensors import SafetensorError, safe_open
 
 from kokanee.errors import KokaneeError
+from kokanee.formats import read_json
 from kokanee.model import Kokanee, KokaneeConfig
 
 logger = logging.getLogger("kokanee")
@@ -21,21 +23,10 @@ logger = logging.getLogger("kokanee")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 NAMED = 5
+GIB = 2**30
+SAMPLED = 1024
 Rename = Callable[[str], str]
 Device = str | torch.device | dict[str, str]
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object in `path`. Raises `KokaneeError` if it is missing or broken."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise KokaneeError(f"{path} is missing. Give the folder of a complete checkpoint.") from None
-    except (OSError, ValueError) as error:
-        raise KokaneeError(f"{path} is not readable JSON ({error}). Download or copy it again.") from error
-    if not isinstance(found, dict):
-        raise KokaneeError(f"{path} holds a {type(found).__name__}, not an object. Download or copy it again.")
-    return found
 
 
 def weight_files(folder: Path, stem: str = "model") -> list[Path]:
@@ -147,29 +138,36 @@ def check_keys(
 def placed(model: Kokanee, device: Device, dtype: torch.dtype) -> dict[str, str | int | torch.device]:
     """Where the parts of an empty `model` go: beginning of a name -> device; the longest beginning counts.
 
-    "auto" spreads the model over all accelerators (then the CPU) as they have room.
+    "auto" spreads the model over all accelerators (then the CPU) as they have room. Raises `KokaneeError` where all
+    together have not enough.
     """
     if isinstance(device, dict):
         return dict(device)
     if str(device) != "auto":
         return {"": usable(device)}
     model.tie_weights()
-    return infer_auto_device_map(model, no_split_module_classes=list(Kokanee._no_split_modules), dtype=dtype)
+    room = get_max_memory()
+    whole = list(Kokanee._no_split_modules)
+    places = infer_auto_device_map(model, room, no_split_module_classes=whole, dtype=dtype)
+    if "disk" in places.values():
+        needed = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+        free = ", ".join(f"{size / GIB:.2f} GiB on {device}" for device, size in room.items())
+        raise KokaneeError(
+            f"The model needs {needed / GIB:.2f} GiB in {str(dtype).removeprefix('torch.')}, and there is room for "
+            f"{free}. Give dtype bfloat16 if it is another, or take a machine with more memory."
+        )
+    return places
 
 
 def usable(device: str | torch.device) -> torch.device:
     """The torch device; `KokaneeError` if there is no such device here."""
     try:
-        place = torch.device(device)
-    except RuntimeError as error:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
         raise KokaneeError(
-            f"{device} is no device ({error}). Give 'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'."
+            f"The device {device} cannot be used here ({reason}). Give 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."
         ) from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise KokaneeError(
-            "PyTorch finds no CUDA GPU here. Give device 'cpu', or install a PyTorch built for your GPU."
-        )
-    return place
 
 
 def place_of(name: str, places: dict[str, str | int | torch.device]) -> str | int | torch.device:
@@ -225,3 +223,18 @@ def read_tensors(files: list[Path], keys: set[str]) -> dict[str, torch.Tensor]:
         with opened(file) as reader:
             found |= {key: reader.get_tensor(key) for key in reader.keys() if key in keys}  # noqa: SIM118
     return found
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A hash of the weights: the name and shape of each, and some thousand of its values, evenly spread.
+
+    So models that differ by training or by an adapter differ here, and a large model costs little more than a small.
+    Of weights that are off the device between uses, only names and shapes count.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        if not tensor.is_meta:
+            values = tensor.detach().flatten()
+            digest.update(values[:: max(1, len(values) // SAMPLED)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from kokanee.errors import KokaneeError
-from kokanee.formats import append_jsonl, read_jsonl, write_json
+from kokanee.formats import append_jsonl, differences, read_jsonl, write_json
 from kokanee.media import write_clip
 from kokanee.world.annotators import Bias, annotate
 from kokanee.world.facts import exact
@@ -24,6 +24,7 @@ from kokanee.world.language import write
 from kokanee.world.questions import ask
 from kokanee.world.render import frames
 from kokanee.world.scene import SPLITS, Action, Ambient, Figure, Scene, Sound, Split, sample_scene
+from kokanee.world.scene import VERSION as WORLD
 from kokanee.world.sound import waveform
 
 VERSION = 1
@@ -127,14 +128,9 @@ def scene_of(sample: dict[str, Any]) -> Scene:
 
 def _start(out: Path, settings: MakeSettings) -> int:
     """The number of clips that the folder holds; its settings are noted at the first start and compared later."""
-    state, wanted = out / "state.json", {"version": VERSION, **asdict(settings)}
+    state, wanted = out / "state.json", {"version": VERSION, "world": WORLD, **asdict(settings)}
     if state.is_file():
-        found = json.loads(state.read_text(encoding="utf-8"))
-        differing = [
-            f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} now"
-            for name in dict.fromkeys((*found, *wanted))
-            if found.get(name) != wanted.get(name)
-        ]
+        differing = differences(json.loads(state.read_text(encoding="utf-8")), wanted)
         if differing:
             raise KokaneeError(
                 f"{out} was made with other settings ({'; '.join(differing)}). Use the same, or another folder."
