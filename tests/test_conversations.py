@@ -12,7 +12,7 @@ import torch
 from kokanee.conversations import ANSWER, CAPTION, MEDIA, Conversations, Mix, by_length
 from kokanee.errors import KokaneeError
 from kokanee.features import Features, Stretch, read_store
-from kokanee.prefix import IGNORED
+from kokanee.prompt import IGNORED
 from kokanee.recipes import checked
 from kokanee.world.facts import exact, only
 from kokanee.world.language import parse

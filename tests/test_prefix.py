@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional
 
 from kokanee.layout import Block
-from kokanee.prefix import IGNORED, PADDING, branch_mask, collate_packed, pack
+from kokanee.prefix import PADDING, branch_mask, collate_packed, pack
 from kokanee.processor import Turn
+from kokanee.prompt import IGNORED
 
 SAID = (
     ("Describe the video.", "A red circle jumps. Then a bell rings twice."),

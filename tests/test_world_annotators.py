@@ -80,14 +80,14 @@ def test_an_invention_adds_only_what_never_happened():
         assert set(truth) <= set(told) and len(told) - len(truth) <= 3
         assert [fact for fact in told if fact in set(truth)] == list(truth)
         added += len(told) > len(truth)
-    assert added > 190
+    assert added > 180
 
 
 def test_what_stands_out_less_is_passed_over_more():
     told, there = Counter(), Counter()
     for seed in range(1500):
         scene = sample_scene("train", seed)
-        facts = set(annotate(scene, replace(PERFECT, sound=0.4), random.Random(seed)))
+        facts = set(annotate(scene, replace(PERFECT, sound=0.4, salience=1.0), random.Random(seed)))
         for sound in scene.sounds:
             there[sound.count] += 1
             told[sound.count] += any(fact.kind == "sound" and fact.subject == (sound.kind,) for fact in facts)

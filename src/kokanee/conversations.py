@@ -21,9 +21,9 @@ from kokanee.errors import KokaneeError
 from kokanee.features import Features, read_store
 from kokanee.layout import Block
 from kokanee.model import Kokanee
-from kokanee.prefix import IGNORED, Sample, branch_mask, collate_packed, pack
+from kokanee.prefix import Sample, branch_mask, collate_packed, pack
 from kokanee.processor import Processor
-from kokanee.prompt import Turn
+from kokanee.prompt import IGNORED, Turn
 from kokanee.train import Batch, Objective, Stats
 from kokanee.world.annotators import Bias, annotate
 from kokanee.world.facts import Sense, exact, facts_of, only, sense_of_fact

@@ -13,9 +13,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import GenerationConfig
 
-from kokanee.checkpoints import load, locate, save
+from kokanee.checkpoints import load, save
 from kokanee.conversations import Conversations, Mix
-from kokanee.defaults import Defaults
+from kokanee.defaults import Defaults, origin
 from kokanee.encoders import SoundLabels, VisualLabels
 from kokanee.errors import KokaneeError
 from kokanee.model import Kokanee, KokaneeConfig
@@ -118,7 +118,7 @@ def starting_defaults(name: str) -> Defaults:
     """What the model of `starting_model` is asked when the user does not say."""
     if name.endswith((".yaml", ".yml")):
         return Defaults(**checked(Sizes, read_yaml(name), name).captioner)
-    return Defaults.of(locate(name))
+    return Defaults.of(origin(name))
 
 
 def fresh_model(path: Path) -> tuple[Kokanee, Processor]:
