@@ -265,7 +265,7 @@ def run_together(script: Path, *arguments: str) -> None:
         for rank in range(2)
     ]
     try:
-        errors = [process.communicate(timeout=900)[1] for process in started]
+        errors = [process.communicate(timeout=300)[1] for process in started]
     finally:
         for process in started:
             process.kill()
@@ -275,8 +275,9 @@ def run_together(script: Path, *arguments: str) -> None:
 def test_two_processes_do_what_one_does_with_twice_the_batches(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom test_train import Toy, recipe\nfrom kokanee.train import train\n"
-        "train(Toy(dropout=0.0), recipe(processes=2), Path(sys.argv[1]))\n"
+        "import sys\nfrom pathlib import Path\nfrom test_train import Toy, recipe\n"
+        "from kokanee.launch import as_worker\nfrom kokanee.train import train\n"
+        "with as_worker():\n    train(Toy(dropout=0.0), recipe(processes=2), Path(sys.argv[1]))\n"
     )
     run_together(script, str(tmp_path / "two"))
     train(Toy(dropout=0.0), recipe(accumulate=2), tmp_path / "one")
