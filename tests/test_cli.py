@@ -62,6 +62,8 @@ def test_help_loads_nothing_heavy(command):
 def test_importing_kokanee_loads_no_torch():
     code = "import sys, kokanee; kokanee.__version__; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+    assert kokanee.Captioner is Captioner and issubclass(kokanee.KokaneeError, Exception)
+    assert all(getattr(kokanee, name) for name in kokanee.__all__)
     with pytest.raises(AttributeError, match="Captain"):
         _ = kokanee.Captain
 
@@ -282,9 +284,59 @@ def test_a_dash_is_standard_output(cap, captioner, media):
 def test_text_says_the_same_on_standard_output_and_in_a_file(cap, media, tmp_path):
     for words in (("--every", 10), ("--samples", 2), ()):
         printed = cap(media / "silent.mp4", *words).stdout
-        cap(media / "silent.mp4", *words, "--out", tmp_path / "a.txt")
+        cap(media / "silent.mp4", *words, "--out", tmp_path / "a.txt", "--overwrite")
         assert (tmp_path / "a.txt").read_text() == printed
         assert printed.startswith("[") == bool(words)
+
+
+def test_one_files_caption_replaces_nothing_that_is_there(cap, media, tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    found = cap(media / "silent.mp4", "--out", tmp_path / "mine.txt", code=1)
+    assert "mine.txt is there" in found.stderr and (tmp_path / "mine.txt").read_text() == "precious"
+    cap(media / "silent.mp4", "--out", tmp_path / "mine.txt", "--overwrite")
+    assert (tmp_path / "mine.txt").read_text() != "precious"
+
+
+def test_a_name_with_a_slash_at_its_end_is_a_folder(cap, media, tmp_path):
+    cap(media / "silent.mp4", "--out", f"{tmp_path / 'new'}/")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["silent.txt"]
+
+
+def test_an_edited_caption_outlives_the_next_run_and_a_deleted_one_comes_back(cap, media, tmp_path):
+    words = (media / "first.mp4", media / "second.mp4", "--format", "txt", "--out", tmp_path)
+    cap(*words)
+    told = (tmp_path / "second.txt").read_text()
+    (tmp_path / "first.txt").write_text("edited")
+    (tmp_path / "second.txt").unlink()
+    cap(*words)
+    assert (tmp_path / "first.txt").read_text() == "edited" and (tmp_path / "second.txt").read_text() == told
+
+
+def test_what_was_made_before_ctrl_c_is_kept(cap, media, tmp_path, monkeypatch):
+    answer, calls = Captioner.answer, []
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return answer(*given)
+
+    monkeypatch.setattr(Captioner, "answer", interrupted)
+    cap(media / "first.mp4", "--every", 1, "--out", tmp_path / "a.txt", code=130)
+    assert (tmp_path / "a.txt").read_text().count("[") == 2
+    calls.clear()
+    calls += [None, None]
+    found = cap(media / "first.mp4", "--every", 1, "--out", tmp_path / "a.jsonl", code=130)
+    assert "What is done" not in found.stderr and not (tmp_path / "a.jsonl").exists()
+
+
+def test_names_of_files_are_no_markup(cap, media, tmp_path):
+    names = [tmp_path / "a [red].mp4", tmp_path / "x[" / "a]b.mp4"]
+    for name in names:
+        name.parent.mkdir(exist_ok=True)
+        name.write_bytes((media / "silent.mp4").read_bytes())
+    found = cap(*names, "--out", tmp_path / "out.jsonl")
+    assert "Traceback" not in found.stderr and len(read_jsonl(tmp_path / "out.jsonl")) == 2
 
 
 def test_an_interval_that_fails_keeps_the_captions_before_it(cap, media, tmp_path, monkeypatch):

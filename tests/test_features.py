@@ -128,6 +128,13 @@ def test_features_of_other_encoders_or_clips_are_not_read(tiny, tiny_model, tmp_
         read_store(tmp_path, tiny_model, "train", 0)
 
 
+def test_a_folder_with_other_files_is_left_alone(tiny, tmp_path, two_a_shard):
+    (tmp_path / "holiday.mp4").touch()
+    with pytest.raises(KokaneeError, match=r"holds other files.*holiday"):
+        fill(tiny, tmp_path, clips=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.mp4"]
+
+
 def test_weights_behind_the_encoders_do_not_matter(tiny, tiny_model, tmp_path, two_a_shard):
     fill(tiny, tmp_path, clips=1)
     with torch.no_grad():

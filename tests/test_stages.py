@@ -135,6 +135,10 @@ def test_gates_are_the_shares_of_the_trained_encoder_on_the_test_split(recipe, t
 def test_gates_of_what_is_no_finished_run_of_an_encoder_are_refused(recipe, tmp_path):
     with pytest.raises(KokaneeError, match="holds no run"):
         gates(tmp_path, 1)
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "state.json").write_text('{"version": 1, "split": "test"}')
+    with pytest.raises(KokaneeError, match="holds no run"):
+        gates(tmp_path / "clips", 1)
     run_stage(recipe("conversations", steps=1), tmp_path / "words")
     with pytest.raises(KokaneeError, match="world exam"):
         gates(tmp_path / "words", 1)

@@ -148,6 +148,13 @@ def test_a_folder_in_which_nothing_was_done_takes_other_settings(tmp_path):
     assert json.loads((tmp_path / "new" / "state.json").read_text())["recipe"]["learning_rate"] == 0.1
 
 
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "holiday.mp4").touch()
+    with pytest.raises(KokaneeError, match=r"holds other files.*holiday"):
+        claim(tmp_path, recipe())
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.mp4"]
+
+
 def test_a_checkpoint_of_other_weights_is_refused(tmp_path):
     train(Toy(), recipe(), tmp_path)
     objective = Toy()

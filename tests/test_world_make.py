@@ -85,6 +85,13 @@ def test_a_run_killed_between_a_clip_and_its_record_is_continued(tmp_path, monke
     assert make(tmp_path / "killed", 3, **SMALL).read_bytes() == whole.read_bytes()
 
 
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "00000.mp4").write_text("mine")
+    with pytest.raises(KokaneeError, match=r"holds other files \(such as 00000.mp4\)"):
+        make(tmp_path, 1, **SMALL)
+    assert names_in(tmp_path) == {"00000.mp4"} and (tmp_path / "00000.mp4").read_text() == "mine"
+
+
 def test_other_settings_are_refused_and_named(tmp_path):
     make(tmp_path, 0, seed=1, **SMALL)
     with pytest.raises(KokaneeError, match="seed: 1 before, 2 now"):

@@ -5,19 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kokanee.captioner import Captioner
+    from kokanee.captioner import Caption, Captioner, Request
+    from kokanee.errors import KokaneeError
 
     __version__: str
 
-__all__ = ["Captioner", "__version__"]
+__all__ = ["Caption", "Captioner", "KokaneeError", "Request", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """`Captioner` and `__version__`, when they are first asked for: importing kokanee alone loads no torch."""
-    if name == "Captioner":
-        from kokanee.captioner import Captioner
+    """The names of `__all__`, when they are first asked for: importing kokanee alone loads no torch."""
+    if name in ("Caption", "Captioner", "Request"):
+        from kokanee import captioner
 
-        return Captioner
+        return getattr(captioner, name)
+    if name == "KokaneeError":
+        from kokanee.errors import KokaneeError
+
+        return KokaneeError
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 

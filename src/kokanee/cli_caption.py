@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from enum import Enum
@@ -18,10 +19,10 @@ from kokanee.outputs import FORMATS, SUBTITLES, Record, caption_entry, read_reco
 
 if TYPE_CHECKING:
     from kokanee.caption_run import Summary, Task
-    from kokanee.captioner import Captioner
+    from kokanee.captioner import Caption, Captioner
 
 RECORDS = "captions.jsonl"
-STANDARD_OUTPUT = (Path("-"), Path("/dev/stdout"))
+STANDARD_OUTPUT = ("-", "/dev/stdout")
 SUBTITLES_EVERY_S = 10.0
 NAMED = 20
 
@@ -67,7 +68,10 @@ class Plan:
 
 
 Inputs = Annotated[list[str], typer.Argument(help="Files, folders, or glob patterns in quotes.")]
-Model = Annotated[str, typer.Option("--model", "-m", help="nano, a folder, or a name on the hub.")]
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="A folder, a name on the hub, or nano, which knows its synthetic world only."),
+]
 Question = Annotated[str | None, typer.Option("--question", "-q", help="Ask this instead of for a caption.")]
 Start = Annotated[float | None, typer.Option(min=0, help="Begin here (seconds).")]
 End = Annotated[float | None, typer.Option(min=0, help="Stop here (seconds).")]
@@ -79,10 +83,10 @@ FormatName = Annotated[
     typer.Option("--format", "-f", help="By default as --out ends; else txt for one file, jsonl for several."),
 ]
 Out = Annotated[
-    Path | None,
-    typer.Option("--out", "-o", help="A file; for several files in txt, json, srt or vtt a folder; - prints."),
+    str | None,
+    typer.Option("--out", "-o", help="A file, or a folder (with / at its end if it is new); - prints."),
 ]
-Overwrite = Annotated[bool, typer.Option(help="In that folder, replace files that are not from this run.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace files in --out's place that are not from this run.")]
 Samples = Annotated[int, typer.Option(min=1, help="Captions of each file or interval.")]
 Temperature = Annotated[
     float | None, typer.Option(min=0, help="0 is greedy, the default for one sample; for several it is 1.")
@@ -138,7 +142,7 @@ def caption(
         raise typer.BadParameter(f"{end:g} is not after the start at {start or 0:g}", param_hint="--end")
     if temperature is None:
         temperature = 0.0 if samples == 1 else 1.0
-    plan = make_plan(inputs, recursive, format_, None if out in STANDARD_OUTPUT else out, samples, overwrite)
+    plan = make_plan(inputs, recursive, format_, place_of(out), samples, overwrite)
     replaced = dict(key_value(item) for item in set_ or [])
     if every is None and plan.format in SUBTITLES:
         every = SUBTITLES_EVERY_S
@@ -161,6 +165,15 @@ def caption(
         caption_several(captioner, plan, task, batch_size)
     else:
         caption_single(captioner, plan, task, batch_size)
+
+
+def place_of(out: str | None) -> Path | None:
+    """Where the captions go, None for standard output. A name with a slash at its end becomes a folder."""
+    if out is None or out in STANDARD_OUTPUT:
+        return None
+    if out.endswith(("/", os.sep)):
+        Path(out).mkdir(parents=True, exist_ok=True)
+    return Path(out)
 
 
 def make_plan(
@@ -193,15 +206,13 @@ def check_targets(plan: Plan, overwrite: bool) -> None:
         if target.resolve() in read:
             raise typer.BadParameter(f"{target} is to be captioned and would be overwritten", param_hint="--out")
         check_writable(target)
-    if records is None or overwrite:
-        return
-    known = read_records(records) if records.is_file() else {}
-    foreign = [target for key, target in files.items() if target.exists() and key not in known]
-    if foreign:
+    known = read_records(records) if records is not None and records.is_file() else {}
+    foreign = [target for key, target in files.items() if target.is_file() and key not in known]
+    if foreign and not overwrite:
         more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
+        unknown = "" if records is None else f", and {records} has no record of it"
         raise KokaneeError(
-            f"{foreign[0]} is there{more}, and {records} has no record of it. Choose another folder, or replace such "
-            "files with --overwrite."
+            f"{foreign[0]} is there{more}{unknown}. Choose another place, or replace what is there with --overwrite."
         )
 
 
@@ -211,11 +222,7 @@ def caption_single(captioner: Captioner, plan: Plan, task: Task, batch_size: int
     if plan.format == "txt" and target is None:
         record = write_as_made(captioner, path, task, batch_size)
     else:
-        from kokanee.caption_run import caption_one
-
-        with bar(hidden=task.every_s is None or target is None) as progress:
-            shown = progress.add_task("intervals", total=None)
-            record = caption_one(captioner, path, task, batch_size, lambda _: progress.advance(shown))
+        record = caption_whole(captioner, path, task, batch_size, quiet=task.every_s is None or target is None)
         if "captions" in record:
             text = FORMATS[plan.format](record)
             typer.echo(text, nl=False) if target is None else write_text(target, text)
@@ -225,8 +232,28 @@ def caption_single(captioner: Captioner, plan: Plan, task: Task, batch_size: int
     cut = sum(not caption["finished"] for caption in captions)
     if cut:
         say(f"{path}: {cut} of {len(captions)} captions cut off at {task.decoding.max_new_tokens} tokens")
+    if "stopped" in record:
+        raise KeyboardInterrupt
     if "error" in record:
         raise KokaneeError(record["error"])
+
+
+def caption_whole(captioner: Captioner, path: Path, task: Task, batch_size: int, quiet: bool) -> Record:
+    """The record of one file; what Ctrl-C leaves of one has the captions made until then, and "stopped"."""
+    from kokanee.caption_run import caption_one
+
+    made: list[Caption] = []
+    with bar(hidden=quiet) as progress:
+        shown = progress.add_task("intervals", total=None)
+
+        def on_caption(caption: Caption) -> None:
+            made.append(caption)
+            progress.advance(shown)
+
+        try:
+            return caption_one(captioner, path, task, batch_size, on_caption)
+        except KeyboardInterrupt:
+            return (task.record(captioner, path, made) if made else {}) | {"stopped": True}
 
 
 def write_as_made(captioner: Captioner, path: Path, task: Task, batch_size: int) -> Record:
@@ -252,7 +279,8 @@ def caption_several(captioner: Captioner, plan: Plan, task: Task, batch_size: in
     """Many files: a record each as they are done, and files in the wanted format. Exits with 1 if any failed."""
     from kokanee.caption_run import run
 
-    files = plan.files
+    files, records = plan.files, plan.records
+    before = read_records(records) if records is not None and records.is_file() else {}
     with bar("{task.fields[file]}", hidden=plan.out is None and sys.stdout.isatty()) as progress:
         shown = progress.add_task("captions", total=len(plan.found), file="")
 
@@ -261,13 +289,15 @@ def caption_several(captioner: Captioner, plan: Plan, task: Task, batch_size: in
             if plan.out is None:
                 write_record(record, plan.format)
             elif files and "error" not in record:
-                write_text(files[file_key(record["file"])], FORMATS[plan.format](record))
+                key = file_key(record["file"])
+                if record != before.get(key) or not files[key].exists():
+                    write_text(files[key], FORMATS[plan.format](record))
 
         try:
-            summary = run(captioner, [hit.path for hit in plan.found], plan.records, task, batch_size, on_record)
+            summary = run(captioner, [hit.path for hit in plan.found], records, task, batch_size, on_record)
         except KeyboardInterrupt:
-            if plan.records is not None:
-                say(f"What is done is in {plan.records}; the same command again goes on.")
+            if records is not None and records.is_file():
+                say(f"What is done is in {records}; the same command again goes on.")
             raise
     tell(summary)
 

@@ -33,7 +33,7 @@ def bar(*more: str, hidden: bool = False) -> Any:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(
         *columns,
-        *(TextColumn(text) for text in more),
+        *(TextColumn(text, markup=False) for text in more),
         console=Console(stderr=True),
         redirect_stdout=False,
         redirect_stderr=False,

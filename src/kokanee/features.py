@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from kokanee.encoders import square_side_px
 from kokanee.errors import KokaneeError
-from kokanee.formats import differences, replaced_file, write_json
+from kokanee.formats import differences, refuse_foreign, replaced_file, write_json
 from kokanee.model import Kokanee
 from kokanee.processor import Processor
 from kokanee.sampling import RATE_HZ, length_s, sample_indices, step_seconds
@@ -114,6 +114,7 @@ def fill_store(
     """
     settings = {**origin(model, split, seed), "clips": clips, "share_cut": share_cut}
     known = folder / STATE
+    refuse_foreign(folder, STATE)
     differing = differences(json.loads(known.read_text(encoding="utf-8")), settings) if known.is_file() else []
     if differing:
         raise KokaneeError(f"{folder} holds other features ({'; '.join(differing)}). Remove it, or use another.")

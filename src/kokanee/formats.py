@@ -125,6 +125,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def refuse_foreign(folder: Path, state: str) -> None:
+    """Raise `KokaneeError` for a folder that holds files, but not the file `state` of an earlier run in it."""
+    names = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+    if names and state not in names:
+        raise KokaneeError(f"{folder} holds other files (such as {names[0]}) and no {state}. Choose an empty folder.")
+
+
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between two settings, a phrase for each key."""
     return [

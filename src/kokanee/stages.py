@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from kokanee.conversations import Conversations, Mix
 from kokanee.defaults import Defaults, origin
 from kokanee.encoders import SoundLabels, VisualLabels
 from kokanee.errors import KokaneeError
+from kokanee.formats import read_json
 from kokanee.model import Kokanee, KokaneeConfig
 from kokanee.processor import Processor, ProcessorConfig
 from kokanee.recipes import Recipe, checked, read_yaml
@@ -75,9 +75,10 @@ def gates(
     encoder.
     """
     known = folder / STATE
-    if not known.is_file():
-        raise KokaneeError(f"{folder} holds no run ({STATE} is missing). Give the folder of `kokanee train --out`.")
-    recipe = checked(Recipe, json.loads(known.read_text(encoding="utf-8"))["recipe"], str(known))
+    settings = read_json(known).get("recipe") if known.is_file() else None
+    if settings is None:
+        raise KokaneeError(f"{folder} holds no run of a recipe. Give the folder of `kokanee train --out`.")
+    recipe = checked(Recipe, settings, str(known))
     if recipe.stage == "conversations":
         raise KokaneeError(f"{folder} is a run of a language model, which has no labels. Use `kokanee world exam`.")
     objective = make_objective(recipe, *starting_model(recipe.model)).eval()

@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from kokanee.errors import KokaneeError
-from kokanee.formats import append_jsonl, differences, replaced_file, write_json
+from kokanee.formats import append_jsonl, differences, refuse_foreign, replaced_file, write_json
 from kokanee.recipes import Recipe
 
 Batch = dict[str, torch.Tensor]
@@ -131,9 +131,11 @@ def train(objective: Objective, recipe: Recipe, folder: Path, report: Report | N
 
 
 def claim(folder: Path, recipe: Recipe) -> None:
-    """Make the folder this recipe's, or raise `KokaneeError` with what differs where it holds another's run."""
+    """Make the folder this recipe's, or raise `KokaneeError` where it holds other files or another run,
+    with what differs."""
     settings = json.loads(recipe.model_dump_json())
     known = folder / STATE
+    refuse_foreign(folder, STATE)
     if known.is_file():
         before = json.loads(known.read_text(encoding="utf-8"))["recipe"]
         differing = differences(before, settings)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from kokanee.errors import KokaneeError
-from kokanee.formats import append_jsonl, differences, read_jsonl, write_json
+from kokanee.formats import append_jsonl, differences, read_jsonl, refuse_foreign, write_json
 from kokanee.media import write_clip
 from kokanee.world.annotators import Bias, annotate
 from kokanee.world.facts import exact
@@ -135,9 +135,8 @@ def _start(out: Path, settings: MakeSettings) -> int:
             raise KokaneeError(
                 f"{out} was made with other settings ({'; '.join(differing)}). Use the same, or another folder."
             )
-    elif (out / "samples.jsonl").exists():
-        raise KokaneeError(f"{out} has a samples.jsonl but no state.json. Use another folder.")
     else:
+        refuse_foreign(out, state.name)
         write_json(state, wanted)
     samples = out / "samples.jsonl"
     return len(read_jsonl(samples)) if samples.is_file() else 0
