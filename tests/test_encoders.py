@@ -58,7 +58,7 @@ def test_visual_labels_have_a_cell_for_each_visual_token(tiny):
     objective = VisualLabels(*tiny, seed=0)
     batch = objective.batch("train", 1, 4)
     assert batch["grid"].tolist() == [[4, 6, 6]]
-    assert batch["present"].shape == batch["colour"].shape == batch["spins"].shape == (4, 9)
+    assert batch["present"].shape == batch["colour"].shape == batch["does"].shape == (4, 9)
     assert batch["geometry"].shape == (4, 9, 7) and batch["background"].shape == batch["dark"].shape == (4,)
     assert objective.model.encode_video(batch["pixel_values"], batch["grid"]).shape == (4 * 9, 32)
 
@@ -129,13 +129,14 @@ def test_a_perfect_head_is_all_right(tiny):
     objective.model = type("Says", (torch.nn.Module,), {"encode_video": lambda *_: torch.cat(said, -1).flatten(0, 1)})()
     loss, stats = objective(batch)
     assert float(loss) < 1e-3 and {float(value) for value in stats.values()} == {100.0}
-    assert {"present", "colour", "shape", "still", "background", "dark"} <= set(stats)
+    assert {"present", "colour", "shape", "action", "rests", "background", "dark"} <= set(stats)
 
 
 def test_pictures_without_any_figure_have_a_loss_and_leave_out_what_is_not_defined(tiny):
     objective = VisualLabels(*tiny, seed=0)
     batch = objective.batch("train", 0, 2)
-    loss, stats = objective({**batch, "present": torch.zeros_like(batch["present"])})
+    nothing = {"present": torch.zeros_like(batch["present"]), "does": torch.full_like(batch["does"], -1)}
+    loss, stats = objective({**batch, **nothing})
     assert torch.isfinite(loss) and set(stats) == {"present", "cell", "background", "dark"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kokanee.world.labels import frame_labels, window_labels
+from kokanee.world.labels import DOINGS, frame_labels, window_labels
 from kokanee.world.render import BACKGROUND_RGB, RGB, frames
 from kokanee.world.scene import (
     BACKGROUNDS,
@@ -14,6 +14,7 @@ from kokanee.world.scene import (
     SHAPES,
     SLOT_S,
     SOUNDS,
+    VERBS,
     Action,
     Ambient,
     Figure,
@@ -54,7 +55,8 @@ def test_a_labelled_cell_shows_its_colour_at_the_labelled_centre_and_others_show
                 checked += 1
             else:
                 assert labels.colour_G[cell] == labels.shape_G[cell] == -1
-                assert not labels.geometry_G7[cell].any() and not labels.spins_G[cell]
+                assert not labels.geometry_G7[cell].any()
+                assert labels.does_G[cell] in (-1, DOINGS.index("appears"), DOINGS.index("blinks"))
         ground = BACKGROUND_RGB[BACKGROUNDS[labels.background]]
         nearest = min(np.abs(picture[y, x] - ground).max() for y in (1, -2) for x in (1, -2))
         assert nearest <= 17
@@ -92,12 +94,28 @@ def test_changes_are_counted_by_the_second(verb, argument, column, rate):
     assert not np.abs(frame_labels(scene, 0.2, SIDE).geometry_G7[cell, 3:]).max() > 1e-6
 
 
-def test_only_what_spins_is_labelled_as_spinning():
-    figures = (Figure("red", "star", "small", "left", 0.0), Figure("red", "cross", "small", "right", 0.0))
-    scene = Scene(4.0, "white", figures, (Action(1, "spins", "", 1.0, 2.0),), (), None)
-    for time_s, spins in ((0.5, False), (1.2, True), (2.5, False)):
-        labels = frame_labels(scene, time_s, SIDE)
-        assert labels.spins_G.tolist() == [0, 0, 0, 0, 0, spins, 0, 0, 0]
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_a_figure_does_is_told_while_it_does_it(verb):
+    size = "big" if verb == "shrinks" else "small"
+    figures = (Figure("red", "star", size, "left", 0.0), Figure("red", "cross", size, "right", 0.0))
+    detail = {"moves": "up", "turns": "blue"}.get(verb, "")
+    scene = Scene(4.0, "white", figures, (Action(1, verb, detail, 1.0, 2.0),), (), None)
+    for time_s in (0.5, 1.2, 1.6, 2.5):
+        does = frame_labels(scene, time_s, SIDE, 0.3).does_G
+        assert does[3] == DOINGS.index("rests")
+        told = {int(label) for label in does} - {-1, DOINGS.index("rests")}
+        now, later = state_at(scene, 1, time_s), state_at(scene, 1, time_s + 0.3)
+        acts = now != later and max(now.opacity, later.opacity) >= 0.5
+        assert told == ({DOINGS.index(verb)} if acts else set())
+        assert acts or not 1.0 < time_s < 2.0 or verb in ("appears", "disappears", "blinks")
+
+
+def test_the_action_that_fills_most_of_the_time_is_told():
+    figure = Figure("red", "star", "small", "middle", 0.0)
+    acts = (Action(0, "spins", "", 1.0, 2.0), Action(0, "grows", "", 2.0, 3.0))
+    scene = Scene(4.0, "white", (figure,), acts, (), None)
+    found = [frame_labels(scene, time_s, 3, 0.3).does_G[4] for time_s in (1.8, 1.9)]
+    assert found == [DOINGS.index("spins"), DOINGS.index("grows")]
 
 
 def test_a_figure_that_is_hidden_has_no_label():

@@ -20,7 +20,7 @@ from kokanee.model import Kokanee
 from kokanee.processor import Processor
 from kokanee.sampling import RATE_HZ
 from kokanee.train import Batch, Objective, Stats
-from kokanee.world.labels import FrameLabels, frame_labels, window_labels
+from kokanee.world.labels import DOINGS, FrameLabels, frame_labels, window_labels
 from kokanee.world.render import frames
 from kokanee.world.scene import BACKGROUNDS, COLOURS, PITCHES, SHAPES, SLOT_S, SOUNDS, Split, sample_scene
 from kokanee.world.sound import waveform
@@ -31,13 +31,13 @@ STEP_S = (0.2, 0.36)  # files have 3 or 4 frames of a twelfth of a second from o
 SCALES = (1.0, 1.0, 0.04, 0.3, 0.3, 0.1, 1.0)
 CHANGES = slice(3, 7)
 SPEED = slice(3, 5)
-MOVES = 0.1
-RARITY = 10.0  # figures seldom move, grow, fade or spin at a given moment
+RARITY = 10.0  # figures seldom change at a given moment
+ACTING = 5.0
 
 
 class VisualLabels(Objective):
     """Cell by cell: which cell is it, is there a figure, its colour and shape, where and how large it is and how that
-    changes; and the background and the light. The tower's visual tokens are the cells.
+    changes, what it does; and the background and the light. The tower's visual tokens are the cells.
 
     A token has to say which cell it is because the tower knows relative places only, and a small language model is slow
     to find out places from the order of tokens (docs/log.md)."""
@@ -47,7 +47,7 @@ class VisualLabels(Objective):
         "colour": len(COLOURS),
         "shape": len(SHAPES),
         "geometry": len(SCALES),
-        "spins": 1,
+        "does": len(DOINGS),
         "background": len(BACKGROUNDS),
         "dark": 1,
     }
@@ -91,9 +91,13 @@ class VisualLabels(Objective):
         loss = loss + 3 * functional.cross_entropy(said["cell"].flatten(0, 1), cells_BG.flatten())
         right = {"present": (present_BG > 0) == there_BG, "cell": said["cell"].argmax(-1) == cells_BG}
         if bool(there_BG.any()):
-            truth = {name: batch[name][there_BG] for name in ("colour", "shape", "geometry", "spins")}
+            truth = {name: batch[name][there_BG] for name in ("colour", "shape", "geometry")}
             figures_loss, figures_right = self.figures({name: said[name][there_BG] for name in truth}, truth)
             loss, right = loss + figures_loss, {**right, **figures_right}
+        known_BG = batch["does"] >= 0
+        if bool(known_BG.any()):
+            does_loss, does_right = doings(said["does"][known_BG], batch["does"][known_BG])
+            loss, right = loss + does_loss, {**right, **does_right}
         loss = (
             loss
             + functional.cross_entropy(background_BC, batch["background"])
@@ -123,7 +127,6 @@ class VisualLabels(Objective):
 
         What changes weighs more than what stays: as few figures change, "nothing does" would be a good answer.
         """
-        spins_N, spin_truth_N = said["spins"][:, 0], truth["spins"]
         geometry_NG, truth_NG = said["geometry"], truth["geometry"] / truth["geometry"].new_tensor(SCALES)
         weights_NG = torch.ones_like(truth_NG)
         weights_NG[:, CHANGES] += (RARITY - 1) * (truth_NG[:, CHANGES].abs() > 0.05)
@@ -131,25 +134,32 @@ class VisualLabels(Objective):
             functional.cross_entropy(said["colour"], truth["colour"])
             + 2 * functional.cross_entropy(said["shape"], truth["shape"])
             + 2 * (weights_NG * (geometry_NG - truth_NG).abs()).mean()
-            + functional.binary_cross_entropy_with_logits(spins_N, spin_truth_N, pos_weight=spins_N.new_tensor(RARITY))
         )
         speed_N2, true_speed_N2 = geometry_NG[:, SPEED], truth_NG[:, SPEED]
-        moves_N, said_moves_N = (speed.abs().amax(1) > MOVES / SCALES[3] for speed in (true_speed_N2, speed_N2))
+        moves_N = true_speed_N2.abs().amax(1) > 0.1 / SCALES[3]
         changes = {"grows": 5, "fades": 6}
         return loss, {
             "colour": said["colour"].argmax(-1) == truth["colour"],
             "shape": said["shape"].argmax(-1) == truth["shape"],
             "size": ((geometry_NG - truth_NG)[:, 2].abs() < 1),
-            "moves": said_moves_N[moves_N],
-            "rests": ~said_moves_N[~moves_N],
             "direction": (direction(speed_N2) == direction(true_speed_N2))[moves_N],
             **{
                 name: (geometry_NG[:, part].sign() == truth_NG[:, part].sign())[truth_NG[:, part].abs() > 0.5]
                 for name, part in changes.items()
             },
-            "spins": spins_N[spin_truth_N > 0] > 0,
-            "still": spins_N[spin_truth_N == 0] < 0,
         }
+
+
+def doings(said_ND: torch.Tensor, truth_N: torch.Tensor) -> tuple[torch.Tensor, Stats]:
+    """The loss of what figures are said to do, and which of those that rest, and that act, are rightly said to."""
+    weights_D = said_ND.new_full((len(DOINGS),), ACTING)
+    weights_D[0] = 1.0
+    right_N = said_ND.argmax(-1) == truth_N
+    acting_N = truth_N > 0
+    return 2 * functional.cross_entropy(said_ND, truth_N, weights_D), {
+        "action": right_N[acting_N],
+        "rests": right_N[~acting_N],
+    }
 
 
 def direction(speed_N2: torch.Tensor) -> torch.Tensor:

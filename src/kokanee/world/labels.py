@@ -13,6 +13,7 @@ from kokanee.world.scene import (
     SHAPES,
     SLOT_S,
     SOUNDS,
+    VERBS,
     Scene,
     background_at,
     is_dark,
@@ -20,6 +21,7 @@ from kokanee.world.scene import (
 )
 
 VISIBLE = 0.5
+DOINGS = ("rests", *VERBS)
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,15 @@ class FrameLabels:
 
     `present_G` 0 or 1; `colour_G`, `shape_G` class indices, -1 where nothing is; `geometry_G7` the figure's place from
     the picture's centre (x, y) in cells, its radius over the frame, and the change of x, y, radius (per second) and
-    opacity (per second) there; `spins_G` 0 or 1; `background` a class index; `dark` 0 or 1.
+    opacity (per second) there; `does_G` what it is seen to do, an index into DOINGS, -1 where nothing is; `background`
+    a class index; `dark` 0 or 1. A figure that is only just appearing has no label but `does_G`.
     """
 
     present_G: np.ndarray
     colour_G: np.ndarray
     shape_G: np.ndarray
     geometry_G7: np.ndarray
-    spins_G: np.ndarray
+    does_G: np.ndarray
     background: int
     dark: int
 
@@ -43,29 +46,41 @@ class FrameLabels:
 def frame_labels(scene: Scene, time_s: float, side: int, step_s: float = 0.25) -> FrameLabels:
     """Labels of the picture at `time_s`; changes are measured to `time_s + step_s`."""
     cells = side * side
-    present, spins = np.zeros(cells, np.float32), np.zeros(cells, np.float32)
-    colour, shape = np.full(cells, -1), np.full(cells, -1)
+    present = np.zeros(cells, np.float32)
+    colour, shape, does = (np.full(cells, -1) for _ in range(3))
     geometry = np.zeros((cells, 7), np.float32)
     nearest = np.full(cells, np.inf)
     for index, figure in enumerate(scene.figures):
         now, later = state_at(scene, index, time_s), state_at(scene, index, time_s + step_s)
-        if now.opacity < VISIBLE:
+        if max(now.opacity, later.opacity) < VISIBLE:
             continue
         column, row = (min(max(int(v * side), 0), side - 1) for v in (now.x, now.y))
         cell = row * side + column
         dx, dy = now.x * side - column - 0.5, now.y * side - row - 0.5
+        if now.opacity < VISIBLE:
+            does[cell] = doing(scene, index, time_s, time_s + step_s) if does[cell] < 0 else does[cell]
+            continue
         if dx * dx + dy * dy >= nearest[cell]:
             continue
         nearest[cell] = dx * dx + dy * dy
         present[cell] = 1.0
         colour[cell] = COLOURS.index(now.colour if now.blend < 0.5 else now.next_colour)
         shape[cell] = SHAPES.index(figure.shape)
-        spins[cell] = now.angle_deg != later.angle_deg
+        does[cell] = doing(scene, index, time_s, time_s + step_s)
         rates = [getattr(later, name) - getattr(now, name) for name in ("x", "y", "scale", "opacity")]
         from_centre = ((now.x - 0.5) * side, (now.y - 0.5) * side)
         geometry[cell] = [*from_centre, now.scale, *(rate / step_s for rate in rates)]
     background = BACKGROUNDS.index(background_at(scene, time_s))
-    return FrameLabels(present, colour, shape, geometry, spins, background, int(is_dark(scene, time_s)))
+    return FrameLabels(present, colour, shape, geometry, does, background, int(is_dark(scene, time_s)))
+
+
+def doing(scene: Scene, figure_index: int, from_s: float, to_s: float) -> int:
+    """What two pictures of a figure show it do, an index into DOINGS: it rests where both are the same."""
+    if state_at(scene, figure_index, from_s) == state_at(scene, figure_index, to_s):
+        return 0
+    acts = [action for action in scene.actions if action.figure == figure_index]
+    longest = max(acts, key=lambda action: min(to_s, action.end_s) - max(from_s, action.start_s))
+    return DOINGS.index(longest.verb)
 
 
 def window_labels(scene: Scene, windows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
