@@ -1,7 +1,8 @@
 """The language stages: clips, each with a caption and questions about it, packed behind one prompt.
 
 What a caption tells is what an annotator tells (or, for a share of the clips, everything); the answers to questions are
-exact. The encoders are frozen, so their output comes from a store (`features.py`); the audio aligner runs here.
+exact. The encoders are frozen, so their output comes from a store (`features.py`); the audio aligner runs here. In place
+of a clip there may be its exact description in words: what is asked is then looked up in the text.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Literal
@@ -47,7 +49,7 @@ class Mix(BaseModel):
     both: float = Field(0.0, ge=0, description="weight of clips shown with their sound")
     seen: float = Field(0.0, ge=0, description="weight of clips shown without sound")
     heard: float = Field(0.0, ge=0, description="weight of sounds alone")
-    text: float = Field(0.0, ge=0, description="weight of captions without any clip")
+    text: float = Field(0.0, ge=0, description="weight of exact descriptions in place of clips")
     longest_s: float = Field(math.inf, gt=0, description="seconds of the longest clips to train on")
     questions: int = Field(4, ge=0, description="questions about each clip")
     exact: float = Field(0.0, ge=0, le=1, description="share of captions that tell everything, as no annotator does")
@@ -106,16 +108,20 @@ class Conversations(Objective):
     def sample(self, scene: Scene, clip: Features, media: Media, rng: random.Random) -> tuple[Sample, torch.Tensor]:
         """One packed sample, and which of its tokens belong to a caption and which to an answer (L,)."""
         block = block_of(clip, media, len(clip.audio_CSD) * self.model.config.audio_tokens_per_chunk)
+        story = self.story(scene, clip, rng) if media == "text" else ""
         said = [self.caption(scene, clip, media, rng)]
         said += [(asked.text, asked.answer) for asked in self.questions(scene, clip, media, rng)]
         whole = [
-            self.processor.prepare_ids([Turn("user", asked), Turn("assistant", told)], [block] if block else [])
+            self.processor.prepare_ids([Turn("user", story + asked), Turn("assistant", told)], [block] if block else [])
             for asked, told in said
         ]
-        prompt_length = shared_length(whole[0]["input_ids"], self.model.config.vision_end_token_id) if block else 0
-        packed = pack(whole, prompt_length)
+        packed = pack(whole, shared_length(whole))
         roles = torch.where(packed["segments"] == 1, CAPTION, ANSWER)
         return packed, torch.where(packed["labels"] == IGNORED, 0, roles)
+
+    def story(self, scene: Scene, clip: Features, rng: random.Random) -> str:
+        """All that happens in a clip, in words."""
+        return write(facts_of(exact(scene, clip.stretch.start_s, clip.stretch.end_s)), rng) + "\n"
 
     def caption(self, scene: Scene, clip: Features, media: Media, rng: random.Random) -> tuple[str, str]:
         """A request for a caption and the caption.
@@ -139,11 +145,9 @@ class Conversations(Objective):
 
     def questions(self, scene: Scene, clip: Features, media: Media, rng: random.Random) -> list[Question]:
         """Questions that the given media can answer."""
-        wanted = self.mix.questions
-        if media == "text" or not wanted:
-            return []
-        found = ask(scene, rng, wanted if media == "both" else 4 * wanted, clip.stretch.start_s, clip.stretch.end_s)
-        return [asked for asked in found if media == "both" or sense_of(asked) == media][:wanted]
+        wanted, everything = self.mix.questions, media in ("both", "text")
+        found = ask(scene, rng, wanted if everything else 4 * wanted, clip.stretch.start_s, clip.stretch.end_s)
+        return [asked for asked in found if everything or sense_of(asked) == media][:wanted]
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, Stats]:
         """The mean cross-entropy of captions plus that of answers, both over label tokens; these two, and the share of
@@ -216,6 +220,8 @@ def block_of(clip: Features, media: Media, n_audio_tokens: int) -> Block | None:
     return Block("video", clip.grid_thw, clip.step_s, n_audio_tokens if media == "both" else 0)
 
 
-def shared_length(ids_L: torch.Tensor, media_end_id: int) -> int:
-    """How many tokens every conversation about the same media begins with: all up to the media's end."""
-    return int((ids_L == media_end_id).nonzero()[0]) + 1
+def shared_length(samples: Sequence[Sample]) -> int:
+    """How many tokens all conversations begin with, but for the last one before a label and what follows it."""
+    unlabelled = min(int((sample["labels"] != IGNORED).nonzero()[0]) for sample in samples) - 1
+    ids_SL = torch.stack([sample["input_ids"][:unlabelled] for sample in samples])
+    return int((ids_SL == ids_SL[0]).all(0).cumprod(0).sum())
