@@ -1,8 +1,8 @@
 """The language stages: clips, each with a caption and questions about it, packed behind one prompt.
 
 What a caption tells is what an annotator tells (or, for a share of the clips, everything); the answers to questions are
-exact. The encoders are frozen, so their output comes from a store (`features.py`); the audio aligner runs here. In place
-of a clip there may be its exact description in words: what is asked is then looked up in the text.
+exact. The encoders are frozen, so their output comes from a store (`features.py`); the audio aligner runs here. In the
+place of a clip there may be its exact description in words: what is asked is then looked up in the text.
 """
 
 from __future__ import annotations
