@@ -196,6 +196,7 @@ def test_ctrl_c_keeps_what_is_done(cap, media, tmp_path, monkeypatch):
         (["--out", "{folder}/../{name}/first.mp4", "--format", "txt"], "would be overwritten"),
         (["--out", "{folder}/../{name}/first.mp4", "--format", "jsonl"], "would be overwritten"),
         (["--start", "5", "--end", "3"], "3 is not after the start at 5"),
+        (["--question", " "], "is empty"),
         (["--end", "0"], "0 is not after the start at 0"),
         (["--set", "max_frames"], "'max_frames' is not KEY=VALUE"),
     ],
@@ -208,6 +209,31 @@ def test_wrong_usage_exits_with_2_and_loads_no_model(media, words, reason, monke
         words = [word.replace(name, there) for word in words]
     found = kk("caption", clip, *words, code=2)
     assert reason in found.stderr and found.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("no/such.mp4", "Check the path"), ("https://host/clip.mp4", "Download it first")]
+)
+def test_a_file_that_is_not_there_is_one_message_before_a_model_is_loaded(name, remedy, monkeypatch):
+    monkeypatch.setattr(Captioner, "from_pretrained", None)
+    found = kk("caption", name, code=1)
+    assert f"{name} is not there. {remedy}" in found.stderr
+
+
+def test_what_is_to_be_known_of_a_checkpoint_is_told(captioner, media, tmp_path):
+    Captioner(captioner.model, captioner.processor, Defaults("Why?", 5, "sees red only")).save_pretrained(tmp_path)
+    found = kk("caption", "--model", tmp_path, media / "silent.mp4")
+    assert f"{tmp_path}: sees red only" in found.stderr and "red only" not in found.stdout
+
+
+def test_an_output_without_room_is_one_message(media):
+    command = [sys.executable, "-c", "from kokanee.cli import main; main()", "env"]
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert found.returncode == 1 and found.stderr.startswith("Error: The output cannot be written: No space left")
+    assert "Traceback" not in found.stderr and "Exception" not in found.stderr
 
 
 @pytest.mark.parametrize(
@@ -324,10 +350,18 @@ def test_what_was_made_before_ctrl_c_is_kept(cap, media, tmp_path, monkeypatch):
     monkeypatch.setattr(Captioner, "answer", interrupted)
     cap(media / "first.mp4", "--every", 1, "--out", tmp_path / "a.txt", code=130)
     assert (tmp_path / "a.txt").read_text().count("[") == 2
-    calls.clear()
-    calls += [None, None]
+    calls[:] = [None, None]
     found = cap(media / "first.mp4", "--every", 1, "--out", tmp_path / "a.jsonl", code=130)
     assert "What is done" not in found.stderr and not (tmp_path / "a.jsonl").exists()
+    calls.clear()
+    found = cap(media / "first.mp4", "--every", 1, "--out", tmp_path / "a.jsonl", code=130)
+    assert "the same command again goes on" in found.stderr
+    (half,) = read_jsonl(tmp_path / "a.jsonl")
+    assert len(half["captions"]) == 2 and half["error"] == "stopped after 2 s"
+    cap(media / "first.mp4", "--every", 1, "--out", tmp_path / "a.jsonl")
+    assert len(calls) == 3 + 3
+    _, whole = read_jsonl(tmp_path / "a.jsonl")
+    assert "error" not in whole and whole["captions"][:2] == half["captions"] and len(whole["captions"]) == 5
 
 
 def test_names_of_files_are_no_markup(cap, media, tmp_path):

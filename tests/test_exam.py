@@ -72,7 +72,7 @@ def test_the_exam_marks_annotators_and_model_and_counts_right_answers(tiny, clip
 
 
 def test_an_exam_is_the_same_every_time_and_its_batches_change_nothing(tiny, clips):
-    once = exam(*tiny, clips, 3, batch_size=3)
+    once = exam(*tiny, clips, batch_size=3)
     assert once == exam(*tiny, clips, 3, batch_size=3) == exam(*tiny, clips, 3, batch_size=1)
     drawn = [exam(*tiny, clips, 2, temperature=1.5, seed=seed)[1] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]

@@ -1,12 +1,13 @@
 """Captions of many files: one record after the other into a file that only grows, so that a run can be killed any time.
 
-A second run with the same settings does what is missing: files without a record, files whose record is an error, and
-files that have changed since. A run with other settings, or another model under the same name, is refused.
+A second run with the same settings does what is missing: files without a record, files whose record has an error (from
+the first interval on that has no caption), and files that have changed since. A run with other settings, or another
+model under the same name, is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,14 @@ class Task:
         return made | version_of(path)
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C in the middle of a file's intervals: `record` has those that were done."""
+
+    def __init__(self, record: Record) -> None:
+        super().__init__()
+        self.record = record
+
+
 @dataclass
 class Summary:
     """How many files have captions now, how many of them had before, and why the others have none."""
@@ -101,7 +110,13 @@ def run(
             summary.captioned += 1
             tell(on_record, before)
     for group in groups(waiting, 1 if task.every_s else batch_size):
-        for record in caption_group(captioner, group, task, batch_size):
+        try:
+            records = caption_group(captioner, group, task, batch_size, known)
+        except Stopped as stopped:
+            if out is not None:
+                append_jsonl(out, [stopped.record])
+            raise
+        for record in records:
             if out is not None and record != known.get(file_key(record["file"])):
                 append_jsonl(out, [record])
             if "error" in record:
@@ -120,7 +135,7 @@ def tell(on_record: Callable[[Record], None] | None, record: Record) -> None:
 def check_same(out: Path | None, known: dict[str, Record], now: Record) -> None:
     """Raise `KokaneeError` with what differs, where `out` holds captions made with other settings."""
     for record in known.values():
-        if "error" in record:
+        if "settings" not in record:
             continue
         differing = differences(compared(record), compared(now))
         if differing:
@@ -145,10 +160,13 @@ def version_of(path: Path) -> dict[str, Any]:
     return {"size_bytes": found.st_size, "modified_s": found.st_mtime}
 
 
-def caption_group(captioner: Captioner, paths: Sequence[Path], task: Task, batch_size: int) -> list[Record]:
-    """The records of some files that are captioned together; each that fails has its reason."""
+def caption_group(
+    captioner: Captioner, paths: Sequence[Path], task: Task, batch_size: int, known: Mapping[str, Record]
+) -> list[Record]:
+    """The records of some files that are captioned together; each that fails has its reason. `known` are records by
+    `file_key`, whose intervals are not done again."""
     if task.every_s:
-        return [caption_one(captioner, path, task, batch_size) for path in paths]
+        return [caption_one(captioner, path, task, batch_size, known.get(file_key(path))) for path in paths]
     prepared: dict[Path, Prepared] = {}
     records: dict[Path, Record] = {}
     for path in paths:
@@ -171,22 +189,43 @@ def caption_one(
     path: Path,
     task: Task,
     batch_size: int,
+    before: Record | None = None,
     on_caption: Callable[[Caption], None] | None = None,
 ) -> Record:
-    """The record of one file: its captions, and why there are none or not all. `on_caption` is told each at once."""
-    captions, failed = [], {}
+    """The record of one file: its captions, and why there are none or not all. `on_caption` is told each at once.
+
+    What an unfinished record `before` has of the same file is kept. Raises `Stopped` on Ctrl-C after the first caption.
+    """
+    captions, failed = kept_of(before, path, task), {}
     try:
-        for caption in captions_of(captioner, path, task, batch_size):
+        for caption in captions_of(captioner, path, task, batch_size, len(captions) // task.n_samples):
             captions.append(caption)
             if on_caption is not None:
                 on_caption(caption)
     except KokaneeError as error:
         failed = error_record(path.as_posix(), str(error))
+    except KeyboardInterrupt as stop:
+        if captions and task.every_s:
+            unfinished = error_record(path.as_posix(), f"stopped after {captions[-1].end_s:g} s")
+            raise Stopped(task.record(captioner, path, captions) | unfinished) from stop
+        raise
     return failed if failed and not captions else task.record(captioner, path, captions) | failed
 
 
-def captions_of(captioner: Captioner, path: Path, task: Task, batch_size: int = 1) -> Iterator[Caption]:
-    """All captions that a task wants of a file, as they are made. Raises `KokaneeError` for what cannot be read."""
+def kept_of(before: Record | None, path: Path, task: Task) -> list[Caption]:
+    """The captions of whole intervals in an unfinished record of the file as it is now."""
+    if before is None or "captions" not in before or "error" not in before or before != before | version_of(path):
+        return []
+    notes = tuple(before["notes"])
+    captions = [Caption(**entry, notes=notes) for entry in before["captions"]]
+    return captions[: len(captions) // task.n_samples * task.n_samples]
+
+
+def captions_of(
+    captioner: Captioner, path: Path, task: Task, batch_size: int = 1, skipped: int = 0
+) -> Iterator[Caption]:
+    """All captions that a task wants of a file, as they are made, without the first `skipped` intervals. Raises
+    `KokaneeError` for what cannot be read."""
     if task.every_s is None:
         yield from captioner.answer([captioner.prepare(task.request(path))], task.decoding, task.n_samples)[0]
         return
@@ -199,5 +238,6 @@ def captions_of(captioner: Captioner, path: Path, task: Task, batch_size: int = 
         use=task.use,
         n_samples=task.n_samples,
         batch_size=batch_size,
+        skipped=skipped,
         **How(**asdict(task.decoding)),
     )

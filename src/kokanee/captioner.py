@@ -211,19 +211,20 @@ class Captioner:
         use: Sequence[str] = BOTH,
         n_samples: int = 1,
         batch_size: int = 1,
+        skipped: int = 0,
         **how: Unpack[How],
     ) -> Iterator[Caption]:
         """Captions of one interval of `every_s` seconds after the other, as they are made; see `intervals`.
 
-        `batch_size` intervals are computed together. Only an interval's own frames are read and kept. Where sound goes
-        on after the picture, the intervals go on too, by sound alone.
+        `batch_size` intervals are computed together; the first `skipped` are left out. Only an interval's own frames
+        are read and kept. Where sound goes on after the picture, the intervals go on too, by sound alone.
         """
         decoding = self.decoding(how)
         check_samples(n_samples, decoding.temperature)
         if is_image(path):
             raise KokaneeError(f"{path} is a still image and has no intervals. Caption it as a whole.")
         parts = intervals(start_s or 0.0, file_length_s(path, use), every_s, end_s)
-        for group in groups(parts, batch_size):
+        for group in groups(parts[skipped:], batch_size):
             prepared = [self.prepare(Request(path, question, *part, use)) for part in group]
             for captions in self.answer(prepared, decoding, n_samples):
                 yield from captions

@@ -7,6 +7,7 @@ stopped by Ctrl-C.
 from __future__ import annotations
 
 import errno
+import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ PACKAGES = (
     "rich",
 )
 STOPPED = 130
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Commands(TyperGroup):
@@ -45,17 +47,29 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            found = super().invoke(ctx)
+            sys.stdout.flush()
+            return found
         except KokaneeError as error:
             message, code = f"Error: {error}", 1
         except KeyboardInterrupt:
             message, code = "Stopped.", STOPPED
         except OSError as error:
-            if error.errno == errno.EPIPE or error.filename is None:
+            if error.filename is not None:
+                message = f"Error: {error.filename}: {error.strerror}. Check the path and its permissions."
+            elif error.errno in NO_PLACE:
+                message = f"Error: The output cannot be written: {error.strerror}. Make room, or choose another place."
+                discard_output()
+            else:
                 raise
-            message, code = f"Error: {error.filename}: {error.strerror}. Check the path and its permissions.", 1
+            code = 1
         typer.echo(message, err=True)
         raise typer.Exit(code)
+
+
+def discard_output() -> None:
+    """Let nothing more be written to standard output: what waits there could not be written when the process ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 app = typer.Typer(
@@ -64,6 +78,7 @@ app = typer.Typer(
     help="Captions of what a video shows and what it sounds like.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(caption)
 app.command()(train)

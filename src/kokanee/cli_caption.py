@@ -19,7 +19,7 @@ from kokanee.outputs import FORMATS, SUBTITLES, Record, caption_entry, read_reco
 
 if TYPE_CHECKING:
     from kokanee.caption_run import Summary, Task
-    from kokanee.captioner import Caption, Captioner
+    from kokanee.captioner import Captioner
 
 RECORDS = "captions.jsonl"
 STANDARD_OUTPUT = ("-", "/dev/stdout")
@@ -140,6 +140,8 @@ def caption(
         raise typer.BadParameter("cannot be used together", param_hint="--audio-only, --video-only")
     if end is not None and end <= (start or 0):
         raise typer.BadParameter(f"{end:g} is not after the start at {start or 0:g}", param_hint="--end")
+    if question is not None and not question.strip():
+        raise typer.BadParameter("is empty; leave it out to ask for a caption", param_hint="--question")
     if temperature is None:
         temperature = 0.0 if samples == 1 else 1.0
     plan = make_plan(inputs, recursive, format_, place_of(out), samples, overwrite)
@@ -160,6 +162,8 @@ def caption(
     check_samples(samples, temperature)
     ProcessorConfig(**{key: value for key, value in replaced.items() if key not in ProcessorConfig.model_fields})
     captioner = Captioner.from_pretrained(model, device=device, dtype=dtype, base=base, **replaced)
+    if captioner.defaults.note:
+        say(f"{model}: {captioner.defaults.note}")
     task = Task(question, start, end, every, samples, use, captioner.decoding(how))  # pyright: ignore[reportArgumentType]
     if plan.is_run:
         caption_several(captioner, plan, task, batch_size)
@@ -181,6 +185,9 @@ def make_plan(
 ) -> Plan:
     """What to do with which files. Raises `KokaneeError` or a usage error for what cannot be done."""
     found, several = find(inputs, recursive)
+    if not several and not found[0].path.exists():
+        remedy = "Download it first, Kokanee reads files" if "://" in inputs[0] else "Check the path"
+        raise KokaneeError(f"{inputs[0]} is not there. {remedy}.")
     ending = out.suffix[1:] if out is not None and not out.is_dir() else ""
     if wanted is None and ending and ending not in FORMATS:
         raise typer.BadParameter(
@@ -218,11 +225,17 @@ def check_targets(plan: Plan, overwrite: bool) -> None:
 
 def caption_single(captioner: Captioner, plan: Plan, task: Task, batch_size: int) -> None:
     """One file, to standard output or to a file of its own."""
+    from kokanee.caption_run import Stopped
+
     path, target = plan.found[0].path, next(iter(plan.files.values()), None)
+    stopped = False
     if plan.format == "txt" and target is None:
         record = write_as_made(captioner, path, task, batch_size)
     else:
-        record = caption_whole(captioner, path, task, batch_size, quiet=task.every_s is None or target is None)
+        try:
+            record = caption_whole(captioner, path, task, batch_size, quiet=task.every_s is None or target is None)
+        except Stopped as stop:
+            record, stopped = stop.record, True
         if "captions" in record:
             text = FORMATS[plan.format](record)
             typer.echo(text, nl=False) if target is None else write_text(target, text)
@@ -232,28 +245,19 @@ def caption_single(captioner: Captioner, plan: Plan, task: Task, batch_size: int
     cut = sum(not caption["finished"] for caption in captions)
     if cut:
         say(f"{path}: {cut} of {len(captions)} captions cut off at {task.decoding.max_new_tokens} tokens")
-    if "stopped" in record:
+    if stopped:
         raise KeyboardInterrupt
     if "error" in record:
         raise KokaneeError(record["error"])
 
 
 def caption_whole(captioner: Captioner, path: Path, task: Task, batch_size: int, quiet: bool) -> Record:
-    """The record of one file; what Ctrl-C leaves of one has the captions made until then, and "stopped"."""
+    """The record of one file. Ctrl-C raises `Stopped` with the captions made until then."""
     from kokanee.caption_run import caption_one
 
-    made: list[Caption] = []
     with bar(hidden=quiet) as progress:
         shown = progress.add_task("intervals", total=None)
-
-        def on_caption(caption: Caption) -> None:
-            made.append(caption)
-            progress.advance(shown)
-
-        try:
-            return caption_one(captioner, path, task, batch_size, on_caption)
-        except KeyboardInterrupt:
-            return (task.record(captioner, path, made) if made else {}) | {"stopped": True}
+        return caption_one(captioner, path, task, batch_size, on_caption=lambda _: progress.advance(shown))
 
 
 def write_as_made(captioner: Captioner, path: Path, task: Task, batch_size: int) -> Record:

@@ -153,26 +153,29 @@ def pass_gates(
 def take_exam(
     folder: Annotated[Path, typer.Argument(help="Clips that `kokanee world make --split test` wrote.")],
     model: Annotated[str, typer.Option(help="nano, a folder, or a hub name.")] = "nano",
-    clips: Annotated[int, typer.Option(min=1, help="How many of the clips.")] = 500,
+    clips: Annotated[int | None, typer.Option(min=1, help="How many of the clips, by default all.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="Of the captions; answers are always greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the random numbers, where the temperature is above 0.")] = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file for all marks and captions.")] = None,
 ) -> None:
     """Caption and question clips whose truth is known, and mark what came out beside what annotators wrote."""
+    from kokanee.formats import check_writable, write_json
+
+    if out is not None:
+        check_writable(out)
     from kokanee.checkpoints import load
     from kokanee.exam import exam
-    from kokanee.formats import write_json
 
     loaded, processor = load(model, dtype="float32")
     with bar() as progress:
         task = progress.add_task("clips", total=clips)
 
-        def report(done: int, _: int) -> None:
-            progress.update(task, completed=done)
+        def report(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
 
         marks, captions = exam(loaded, processor, folder, clips, temperature=temperature, seed=seed, report=report)
     if out is not None:
-        settings = {"model": model, "clips": clips, "temperature": temperature, "seed": seed}
+        settings = {"model": model, "clips": len(captions), "temperature": temperature, "seed": seed}
         write_json(out, {"settings": settings, "marks": [mark.as_dict() for mark in marks], "captions": captions})
     typer.echo("| | Miss | Incorrect | Hallucinated | Total | sounds told | repetition | words | QA |")
     typer.echo("|---|---|---|---|---|---|---|---|---|")

@@ -1,4 +1,4 @@
-"""What a checkpoint is asked when the user does not say: a small file in its folder."""
+"""What a checkpoint is asked when the user does not say, and what users should know of it: a file in its folder."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ DEFAULTS_FILE = "captioner.json"
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a checkpoint is asked when the user does not say: `captioner.json` in its folder.
+    """What a checkpoint is asked when the user does not say, and what users should know (`captioner.json`).
 
     The question is by default the one that most clips of the published test set are asked
-    (tsinghua-ee/video-SALMONN_2_testset, 84 of 483). max_new_tokens: 1024, as the published scripts generate.
+    (tsinghua-ee/video-SALMONN_2_testset, 84 of 483). max_new_tokens: 1024, as the published scripts generate. note:
+    what whoever captions with it should know, if anything.
     """
 
     question: str = (
@@ -27,6 +28,7 @@ class Defaults:
         "and be mindful of the synchronization between the audio and video as you do so."
     )
     max_new_tokens: int = 1024
+    note: str = ""
 
     @classmethod
     def of(cls, folder: Path) -> Defaults:

@@ -51,14 +51,15 @@ def exam(
     model: Kokanee,
     processor: Processor,
     folder: Path,
-    clips: int,
+    clips: int | None = None,
     *,
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 25,
     report: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Marks], list[str]]:
-    """Marks of the annotators and of the model on the first clips of a folder of `world make`, and the captions.
+    """Marks of the annotators and of the model on the first (None: on all) clips of a folder of `world make`, and the
+    captions.
 
     Captions are drawn at `temperature` (0: greedy), answers to questions are always greedy. `report(done, clips)` is
     called after each batch. Raises `KokaneeError` where the folder has too few clips, clips to train on, or clips
@@ -88,9 +89,10 @@ def exam(
     return [mark("annotators", truths, annotated), marks], captions
 
 
-def read_records(folder: Path, clips: int) -> list[dict[str, Any]]:
-    """The first records of a folder of `world make`."""
+def read_records(folder: Path, clips: int | None) -> list[dict[str, Any]]:
+    """The first records of a folder of `world make`, or all of them."""
     records = read_jsonl(folder / "samples.jsonl")
+    clips = len(records) if clips is None else clips
     if not 1 <= clips <= len(records):
         raise KokaneeError(f"{folder} has {len(records)} clips, not {clips}. Make more, or ask for 1 or more of these.")
     if not all(record["captions_annotated"] for record in records[:clips]):
