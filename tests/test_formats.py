@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 
 import pytest
@@ -128,6 +129,17 @@ def test_a_write_protected_place_is_known_before(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(KokaneeError, match="write-protected"):
         check_writable(tmp_path / "a.txt")
+
+
+def test_a_file_system_that_takes_no_files_is_known_before(tmp_path, monkeypatch):
+    def refuse(dir):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    (tmp_path / "a.txt").touch()
+    for name in ("a.txt", "b.txt"):
+        with pytest.raises(KokaneeError, match=r"cannot be written: .*No space left"):
+            check_writable(tmp_path / name)
 
 
 @pytest.mark.parametrize(

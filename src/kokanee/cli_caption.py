@@ -13,7 +13,7 @@ import typer
 
 from kokanee.console import bar, key_value, say
 from kokanee.errors import KokaneeError
-from kokanee.files import Found, file_key, find, output_names
+from kokanee.files import Found, file_key, find, is_image, output_names
 from kokanee.formats import check_writable, write_text
 from kokanee.outputs import FORMATS, SUBTITLES, Record, caption_entry, read_records, txt_entry
 
@@ -196,6 +196,10 @@ def make_plan(
     format_ = wanted.value if wanted else ending or ("jsonl" if several else "txt")
     if format_ in SUBTITLES and samples > 1:
         raise typer.BadParameter("subtitles show one caption at a time, so leave it out", param_hint="--samples")
+    if format_ in SUBTITLES and not several and is_image(found[0].path):
+        raise typer.BadParameter(
+            f"{inputs[0]} is a still image, which has no length to subtitle", param_hint="--format"
+        )
     plan = Plan(found, several, format_, out)
     if several and out is None and format_ not in ("txt", "jsonl"):
         raise typer.BadParameter(f"several files in {format_} need a folder to be written to", param_hint="--out")

@@ -84,13 +84,14 @@ class Conversations(Objective):
         self.clips = {"train": by_length(training), "validation": by_length(validation)}
 
     def batch(self, split: Split, number: int, size: int) -> Batch:
-        """`size` clips of one length with their conversations. Equal arguments give equal batches."""
+        """`size` clips of one length with their conversations, all shown in the same way, so that little is padding.
+        Equal arguments give equal batches."""
         rng = random.Random(f"{self.seed}/{split}/{number}")
         groups = self.clips[split]
         clips = rng.choices(rng.choices(groups, [len(group) for group in groups])[0], k=size)
+        media = rng.choices(MEDIA, self.mix.weights)[0]
         samples, videos, audios = [], [], []
         for clip in clips:
-            media = rng.choices(MEDIA, self.mix.weights)[0]
             samples.append(self.sample(sample_scene(split, clip.stretch.index, self.mix.seed), clip, media, rng))
             videos += [clip.video_ND] if media in ("both", "seen") else []
             audios += [clip.audio_CSD] if media in ("both", "heard") else []

@@ -267,7 +267,7 @@ class Source:
             wanted = " or ".join(self.want)
             raise KokaneeError(
                 f"{self.path} has no readable {wanted} stream (found: {found}). "
-                f"Give a file with {wanted}, or want what it has."
+                f"Give a file with {wanted}, or do not ask for {wanted} alone."
             )
         for stream in streams:
             if stream not in (self.video, self.audio):

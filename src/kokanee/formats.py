@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,17 @@ def replaced_file(path: Path) -> Iterator[Path]:
 def check_writable(path: Path) -> None:
     """Raise `KokaneeError` where no file could be written to `path`; folders on the way to it may be missing."""
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
-    writable = os.access(there, os.W_OK) and there.is_dir() == (there != path)
-    if not writable:
+    if there.is_dir() == (there == path) or not os.access(there, os.W_OK):
         raise KokaneeError(f"{path} cannot be written: {there} is in the way or write-protected. Choose another place.")
+    folder = there if there.is_dir() else there.resolve().parent if there.is_file() else None
+    if folder is not None:
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass  # access rights alone do not tell of a file system that takes no files
+        except OSError as error:
+            raise KokaneeError(
+                f"{path} cannot be written: {folder} ({error.strerror}). Choose another place."
+            ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
