@@ -9,13 +9,14 @@ import pytest
 from kokanee import exam as exam_module
 from kokanee.captioner import Captioner
 from kokanee.errors import KokaneeError
+from kokanee.events import rates
 from kokanee.exam import answers, exam, facts_in, mark, watch
 from kokanee.formats import read_jsonl
 from kokanee.generation import Decoding
 from kokanee.world.facts import Fact, exact
 from kokanee.world.make import make
 from kokanee.world.scene import sample_scene
-from kokanee.world.score import judge, rates
+from kokanee.world.score import judge
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,9 @@ def test_marks_of_captions_are_worked_out_by_hand():
     bell = (Fact("sound", ("bell",), ""), Fact("pitch", ("bell",), "high"))
     star = (Fact("figure", ("red", "star"), ""),)
     marks = mark("hand", [bell, star], ["A drum beats.", "There is a red star. There is a red star."])
-    assert marks.rates == rates([judge(bell, "A drum beats."), judge(star, "There is a red star.")])
+    assert marks.rates == rates(
+        judge(truth, said).counts for truth, said in ((bell, "A drum beats."), (star, "There is a red star."))
+    )
     assert marks.sounds_told == 0.0 and marks.words == pytest.approx((3 + 10) / 2) and marks.answers is None
     told = mark("hand", [bell], ["A bell rings."])
     assert told.sounds_told == 100.0 and told.rates.missed == 50.0 and told.rates.hall == 0.0

@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 
 from kokanee.errors import KokaneeError
+from kokanee.events import rates
 from kokanee.world.annotators import Bias, annotate
 from kokanee.world.facts import exact, facts_of, prune
 from kokanee.world.language import write
 from kokanee.world.scene import sample_scene
-from kokanee.world.score import judge, rates
+from kokanee.world.score import judge
 
 PERFECT = Bias(*[0.0] * 15)
 
@@ -35,7 +36,7 @@ def test_the_usual_annotators_miss_a_third_and_half_of_the_sounds():
     for index, scene in enumerate(scenes):
         rng = random.Random(index)
         verdicts.append(judge(exact(scene), write(annotate(scene, Bias(), rng), rng)))
-    found = rates(verdicts)
+    found = rates(verdict.counts for verdict in verdicts)
     assert 31.0 < found.missed < 36.0
     assert 3.0 < found.hall < 5.0
     assert 0.45 < recall(verdicts, scenes, "sound") < 0.55

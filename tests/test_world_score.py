@@ -6,11 +6,12 @@ import random
 
 import pytest
 
+from kokanee.events import Incorrect, repetition_rate
 from kokanee.world.annotators import Bias, annotate
 from kokanee.world.facts import Fact, close, exact, facts_of
 from kokanee.world.language import parse, write
 from kokanee.world.scene import sample_scene
-from kokanee.world.score import Verdict, judge, rates, repetition_rate
+from kokanee.world.score import judge
 
 CIRCLE, STAR = ("red", "circle"), ("blue", "star")
 TRUTH = (
@@ -100,7 +101,7 @@ def test_guessing_a_sound_does_not_pay():
 def test_verdicts_read_as_statements():
     verdict = judge(TRUTH, "A big red circle spins. The blue star jumps high. A high bell rings.")
     assert "The background is grey." in verdict.missed
-    assert "The red circle is big. (In truth: The red circle is small.)" in verdict.incorrect
+    assert Incorrect("The red circle is small.", "The red circle is big.") in verdict.incorrect
     assert 'Unreadable: "the blue star jumps high"' in verdict.hallucinated
 
 
@@ -110,7 +111,7 @@ def test_the_truth_in_any_wording_and_order_is_right():
         facts = list(facts_of(events))
         rng.shuffle(facts)
         verdict = judge(events, write(facts, rng))
-        assert not verdict.missed + verdict.incorrect + verdict.hallucinated
+        assert not (verdict.missed or verdict.incorrect or verdict.hallucinated)
         assert set(verdict.told) == set(facts)
 
 
@@ -124,31 +125,6 @@ def test_every_true_fact_is_told_missed_or_incorrect_once():
         told, _, incorrect, hallucinated = counts(caption, truth)
         assert told + incorrect + hallucinated == len(set(parse(caption).facts))
         assert judge(truth, caption) == judge(truth, caption)
-
-
-def test_rates_divide_sums_by_the_number_of_all_facts():
-    verdicts = [Verdict(("a",), (), ("b",), 4), Verdict(("a", "b"), ("c",), (), 6)]
-    found = rates(verdicts)
-    assert (found.missed, found.incorrect, found.hallucinated) == (30.0, 10.0, 10.0)
-    assert (found.hall, found.total) == (20.0, 50.0)
-    assert rates([]).total == 0.0
-
-
-@pytest.mark.parametrize(
-    ("caption", "n", "expected"),
-    [
-        ("", 5, 0.0),
-        ("one two three four five", 5, 0.0),
-        ("a b c d e a b c d e", 5, 0.5),
-        ("a b c d e A, b; c. D e", 5, 0.5),
-        ("a b c d e f a b c d e g", 5, 5 / 12),
-        ("a a a", 2, 2 / 3),
-        ("a b a b a b", 2, 4 / 6),
-        ("a b c d a b c d", 5, 0.0),
-    ],
-)
-def test_the_repetition_rate_is_this(caption: str, n: int, expected: float):
-    assert repetition_rate(caption, n) == pytest.approx(expected)
 
 
 def test_saying_a_caption_over_again_repeats_half_of_it():

@@ -12,6 +12,7 @@ import torch
 
 from kokanee import generation
 from kokanee.errors import KokaneeError
+from kokanee.events import Rates, rates, repetition_rate
 from kokanee.formats import read_jsonl
 from kokanee.generation import Decoding
 from kokanee.layout import Block
@@ -19,7 +20,7 @@ from kokanee.model import Kokanee
 from kokanee.processor import Processor
 from kokanee.prompt import Turn
 from kokanee.world.facts import Fact
-from kokanee.world.score import Rates, judge, rates, repetition_rate
+from kokanee.world.score import judge
 
 PROMPT = "Describe the video with its sounds."
 CAPTION_TOKENS = 160
@@ -116,7 +117,7 @@ def mark(name: str, truths: Sequence[Sequence[Fact]], captions: Sequence[str]) -
     count = max(1, len(captions))
     return Marks(
         name,
-        rates(verdicts),
+        rates(verdict.counts for verdict in verdicts),
         100.0 * told / max(1, sounds),
         100.0 * sum(map(repetition_rate, captions)) / count,
         sum(len(caption.split()) for caption in captions) / count,

@@ -1,50 +1,27 @@
 """The world's judge: a caption against the truth, fact by fact, with nothing left to opinion.
 
 As in the paper's metric, an error is a *missed* fact of the truth, an *incorrect* one (told with a wrong value), or a
-*hallucinated* one of the caption; rates divide by the number of true facts, summed over captions.
+*hallucinated* one of the caption; see `events.py` for the rates.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from kokanee.events import Incorrect, Verdict
 from kokanee.world.facts import Event, Fact, facts_of, statement, sync_action
 from kokanee.world.language import parse
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Readable statements of what a caption got wrong, and the number of facts that there were to tell."""
+class ExactVerdict(Verdict):
+    """A verdict in statements of facts, and the facts that the caption told rightly."""
 
-    missed: tuple[str, ...]
-    incorrect: tuple[str, ...]
-    hallucinated: tuple[str, ...]
-    n_events: int
     told: tuple[Fact, ...] = ()
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Per cent of the true facts, over all captions (micro-average)."""
-
-    missed: float
-    incorrect: float
-    hallucinated: float
-
-    @property
-    def hall(self) -> float:
-        """Incorrect and hallucinated together: the paper's Hall%."""
-        return self.incorrect + self.hallucinated
-
-    @property
-    def total(self) -> float:
-        """The paper's Total%."""
-        return self.missed + self.hall
-
-
-def judge(truth: Iterable[Event | Fact], caption: str) -> Verdict:
+def judge(truth: Iterable[Event | Fact], caption: str) -> ExactVerdict:
     """Compares what a caption says with the truth; `told` of the verdict holds the facts told rightly.
 
     Figures and sounds are matched by name. Those of the caption that are left are matched, in order of mention, with
@@ -54,7 +31,7 @@ def judge(truth: Iterable[Event | Fact], caption: str) -> Verdict:
     another kind are incorrect too: else it would pay to guess sounds. Then, for every figure, sound and kind of fact,
     the values of both sides are compared as sets: what both have is told; what is left is paired off as incorrect; the
     rest is missed or hallucinated. A sentence that cannot be read is one hallucination. Saying a thing twice is no
-    error here (see `repetition_rate`).
+    error here (see `events.repetition_rate`).
     """
     true_facts = tuple(dict.fromkeys(facts_of(truth)))
     parsed = parse(caption)
@@ -72,42 +49,13 @@ def judge(truth: Iterable[Event | Fact], caption: str) -> Verdict:
         right, pairs, absent, surplus = _compare(wanted, given)
         actions.update({_renamed(said, names): true for true, said in pairs if true.kind == "action"})
         told, wrong, missed, extra = told + right, wrong + pairs, missed + absent, extra + surplus
-    return Verdict(
+    return ExactVerdict(
         tuple(statement(fact) for fact in missed),
-        tuple(f"{statement(said)} (In truth: {statement(true)})" for true, said in wrong),
+        tuple(Incorrect(statement(true), statement(said)) for true, said in wrong),
         (*(statement(fact) for fact in extra), *(f'Unreadable: "{text}"' for text in parsed.unparsed)),
         len(true_facts),
         tuple(told),
     )
-
-
-def rates(verdicts: Iterable[Verdict]) -> Rates:
-    """Micro-averaged rates in per cent of all true facts; all 0 where there were none."""
-    verdicts = list(verdicts)
-    share = 100.0 / max(1, sum(verdict.n_events for verdict in verdicts))
-    return Rates(
-        share * sum(len(verdict.missed) for verdict in verdicts),
-        share * sum(len(verdict.incorrect) for verdict in verdicts),
-        share * sum(len(verdict.hallucinated) for verdict in verdicts),
-    )
-
-
-def repetition_rate(caption: str, n: int = 5) -> float:
-    """The share of a caption's words that lie in an n-word sequence which the caption has already said, 0 to 1.
-
-    Words are lower-case runs of letters, digits and apostrophes; sequences run across sentences. A sequence that
-    begins at word i is a repetition if the same n words also begin at some word before i (the two may overlap). All n
-    of its words count, each word once however many such sequences hold it. 0 for a caption of at most n words.
-    """
-    said = re.findall(r"[\w']+", caption.lower())
-    seen: set[tuple[str, ...]] = set()
-    repeated: set[int] = set()
-    for start in range(len(said) - n + 1):
-        sequence = tuple(said[start : start + n])
-        if sequence in seen:
-            repeated.update(range(start, start + n))
-        seen.add(sequence)
-    return len(repeated) / len(said) if said else 0.0
 
 
 def _match(truth: Sequence[Fact], claimed: Sequence[Fact]) -> dict[tuple[str, ...], tuple[str, ...]]:

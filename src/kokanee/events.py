@@ -1,0 +1,149 @@
+"""Atomic events and verdicts -> rates of missed, incorrect and hallucinated events, as the paper measures captions.
+
+An *atomic event* is a short statement that a good caption would tell. A verdict says of one caption which events it
+misses, which it tells wrongly, and what it tells that is not there. Rates divide by the number of ground-truth events,
+summed over captions (micro-average; arXiv 2506.15220, section on evaluation): a caption of a clip with many events
+counts for more.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+OTHER = "other"
+
+
+@dataclass(frozen=True)
+class AtomicEvent:
+    """One statement of the ground truth. kind: "seen", "heard", "spoken", "written" or a finer one, "" if not known."""
+
+    text: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Incorrect:
+    """A ground-truth event that a caption tells wrongly, and how it tells it ("" where the judge does not say)."""
+
+    event: str
+    said: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a caption got wrong, of `n_events` ground-truth events."""
+
+    missed: tuple[str, ...]
+    incorrect: tuple[Incorrect, ...]
+    hallucinated: tuple[str, ...]
+    n_events: int
+
+    def __post_init__(self) -> None:
+        assert len(self.missed) + len(self.incorrect) <= self.n_events, "more events missed or incorrect than there are"
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(len(self.missed), len(self.incorrect), len(self.hallucinated), self.n_events)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many events, of one caption or of many."""
+
+    missed: int
+    incorrect: int
+    hallucinated: int
+    n_events: int
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.missed + other.missed,
+            self.incorrect + other.incorrect,
+            self.hallucinated + other.hallucinated,
+            self.n_events + other.n_events,
+        )
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Per cent of the ground-truth events. Hallucinated may be above 100: there is no end to what can be invented."""
+
+    missed: float
+    incorrect: float
+    hallucinated: float
+
+    @property
+    def hall(self) -> float:
+        """Incorrect and hallucinated together: the paper's Hall%."""
+        return self.incorrect + self.hallucinated
+
+    @property
+    def total(self) -> float:
+        """The paper's Total%."""
+        return self.missed + self.hall
+
+
+def rates(counts: Iterable[Counts]) -> Rates:
+    """Micro-averaged rates; all 0 where there are no events."""
+    total = sum(counts, Counts(0, 0, 0, 0))
+    share = 100.0 / max(1, total.n_events)
+    return Rates(share * total.missed, share * total.incorrect, share * total.hallucinated)
+
+
+def by_kind(judged: Iterable[tuple[Sequence[AtomicEvent], Verdict]]) -> dict[str, Counts]:
+    """Counts for each kind of ground-truth event. What is invented is of no event's kind, so it is 0 in each.
+
+    A verdict may name an event in other words than the ground truth; such events are counted as "other".
+    """
+    found: dict[str, Counts] = defaultdict(lambda: Counts(0, 0, 0, 0))
+    for events, verdict in judged:
+        kinds = {event.text: event.kind or OTHER for event in events}
+        for event in events:
+            found[kinds[event.text]] += Counts(0, 0, 0, 1)
+        for text in verdict.missed:
+            found[kinds.get(text, OTHER)] += Counts(1, 0, 0, 0)
+        for wrong in verdict.incorrect:
+            found[kinds.get(wrong.event, OTHER)] += Counts(0, 1, 0, 0)
+    return dict(found)
+
+
+def interval(
+    counts: Sequence[Counts], of: Callable[[Rates], float], level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """The bootstrap confidence interval of a rate: videos are drawn again with replacement, `RESAMPLES` times.
+
+    `counts` are those of each video. Equal arguments give equal intervals; both ends are 0 where there is no video.
+    """
+    if not counts:
+        return 0.0, 0.0
+    table_N4 = np.array([(c.missed, c.incorrect, c.hallucinated, c.n_events) for c in counts], np.float64)
+    drawn_RN = np.random.default_rng(seed).integers(0, len(counts), (RESAMPLES, len(counts)))
+    sums_R4 = table_N4[drawn_RN].sum(1)
+    shares_R3 = 100.0 * sums_R4[:, :3] / np.maximum(sums_R4[:, 3:], 1.0)
+    values_R = [of(Rates(*shares)) for shares in shares_R3.tolist()]
+    low, high = np.quantile(values_R, [(1 - level) / 2, (1 + level) / 2]).tolist()
+    return low, high
+
+
+def repetition_rate(caption: str, n: int = 5) -> float:
+    """The share of a caption's words that lie in an n-word sequence which the caption has already said, 0 to 1.
+
+    Words are lower-case runs of letters, digits and apostrophes; sequences run across sentences. A sequence that
+    begins at word i is a repetition if the same n words also begin at some word before i (the two may overlap). All n
+    of its words count, each word once however many such sequences hold it. 0 for a caption of at most n words.
+    """
+    said = re.findall(r"[\w']+", caption.lower())
+    seen: set[tuple[str, ...]] = set()
+    repeated: set[int] = set()
+    for start in range(len(said) - n + 1):
+        sequence = tuple(said[start : start + n])
+        if sequence in seen:
+            repeated.update(range(start, start + n))
+        seen.add(sequence)
+    return len(repeated) / len(said) if said else 0.0
