@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import kokanee
+from kokanee import caption_run
+from kokanee.caption_run import Task
 from kokanee.captioner import Captioner
 from kokanee.errors import KokaneeError
 from kokanee.files import file_key
@@ -52,6 +55,7 @@ def test_every_file_gets_the_record_of_its_caption(captioner, files, tmp_path):
         "max_new_tokens": 12,
         "dtype": "float32",
         "base": None,
+        "kokanee": kokanee.__version__,
         "weights": fingerprint(captioner.model),
         "processor": captioner.processor.config.model_dump(mode="json"),
     }
@@ -174,6 +178,7 @@ def test_a_bad_file_is_recorded_once_and_tried_again(captioner, media, tmp_path,
     assert read_records(out)[file_key(bad)] == {
         "version": 1,
         "file": bad.as_posix(),
+        "path": file_key(bad),
         "error": summary.failed[bad.as_posix()],
     }
     assert captioner.caption_files(files, out, batch_size=batch_size).failed == summary.failed
@@ -213,24 +218,65 @@ def test_a_file_too_large_for_the_memory_fails_alone_and_is_told_what_helps(capt
         assert all(remedy in reason for remedy in ("--end", "--every", "--batch-size 1", "bfloat16"))
 
 
-def test_an_interval_that_fails_keeps_the_captions_before_it(captioner, media, tmp_path, monkeypatch):
-    out, answer, calls = tmp_path / "out.jsonl", captioner.answer, []
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_an_interval_that_fails_does_not_stop_the_others_and_is_tried_again_alone(
+    captioner, media, tmp_path, monkeypatch, batch_size
+):
+    out, answer, tried = tmp_path / "out.jsonl", captioner.answer, []
 
-    def fussy(*given):
-        calls.append(given)
-        if len(calls) == 2:
+    def fussy(prepared, *more):
+        if any(part.start_s == 1 for part in prepared):
             raise KokaneeError("damaged here")
-        return answer(*given)
+        return answer(prepared, *more)
 
     with monkeypatch.context() as context:
         context.setattr(captioner, "answer", fussy)
-        summary = captioner.caption_files([media / "first.mp4"], out, every_s=2.5)
-    assert summary.captioned == 0 and list(summary.failed.values()) == ["damaged here"]
+        summary = captioner.caption_files([media / "first.mp4"], out, every_s=1, batch_size=batch_size)
+    reason = "1 intervals have no caption, the first from 1 s on: damaged here"
+    assert summary.captioned == 0 and list(summary.failed.values()) == [reason]
     (record,) = read_jsonl(out)
-    assert record["error"] == "damaged here" and [c["end_s"] for c in record["captions"]] == [2.5]
-    assert captioner.caption_files([media / "first.mp4"], out, every_s=2.5).captioned == 1
+    assert record["error"] == reason and [c["start_s"] for c in record["captions"]] == [0, 2, 3, 4]
+    assert record["failed"] == [{"start_s": 1, "end_s": 2, "error": "damaged here"}]
+    monkeypatch.setattr(captioner, "answer", lambda *given: tried.append(given) or answer(*given))
+    assert captioner.caption_files([media / "first.mp4"], out, every_s=1).captioned == 1
+    assert len(tried) == 1
     (record,) = read_records(out).values()
-    assert "error" not in record and [c["end_s"] for c in record["captions"]] == [2.5, 5]
+    assert "error" not in record and [c["start_s"] for c in record["captions"]] == [0, 1, 2, 3, 4]
+    captioner.caption_files([media / "first.mp4"], tmp_path / "at_once.jsonl", every_s=1)
+    assert read_jsonl(tmp_path / "at_once.jsonl") == [record]
+
+
+def test_a_run_that_is_killed_has_kept_the_intervals_of_the_minutes_before(captioner, media, tmp_path, monkeypatch):
+    monkeypatch.setattr(caption_run, "KEPT_EVERY_S", 0.0)
+    out, answer, calls = tmp_path / "out.jsonl", captioner.answer, []
+
+    def killed(*given):
+        calls.append(given)
+        if len(calls) == 4:
+            raise SystemError
+        return answer(*given)
+
+    with monkeypatch.context() as context:
+        context.setattr(captioner, "answer", killed)
+        with pytest.raises(SystemError):
+            captioner.caption_files([media / "first.mp4"], out, every_s=1)
+    assert len(read_jsonl(out)[-1]["captions"]) == 3
+    made, task = [], Task(every_s=1.0, decoding=captioner.decoding({}))
+    summary = caption_run.run(captioner, [media / "first.mp4"], out, task, on_caption=lambda *m: made.append(m))
+    assert summary.captioned == 1 and [caption.start_s for _, caption in made] == [3, 4]
+
+
+def test_a_run_goes_on_from_another_folder(captioner, media, tmp_path, monkeypatch):
+    monkeypatch.chdir(media)
+    captioner.caption_files(["second.mp4"], tmp_path / "out.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert captioner.caption_files([media / "second.mp4"], tmp_path / "out.jsonl").skipped == 1
+
+
+def test_a_file_of_other_records_is_refused(captioner, media, tmp_path):
+    (tmp_path / "samples.jsonl").write_text('{"version": 1, "file": "00000.mp4", "events": []}\n')
+    with pytest.raises(KokaneeError, match="line 1 is no record of a caption"):
+        captioner.caption_files([media / "second.mp4"], tmp_path / "samples.jsonl")
 
 
 def test_intervals_and_samples_are_all_in_one_record(captioner, media, tmp_path):

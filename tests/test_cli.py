@@ -384,7 +384,7 @@ def test_an_interval_that_fails_keeps_the_captions_before_it(cap, media, tmp_pat
 
     monkeypatch.setattr(Captioner, "answer", fussy)
     found = cap(media / "first.mp4", "--every", 2.5, "--out", tmp_path / "a.srt", code=1)
-    assert "Error: damaged here" in found.stderr
+    assert "the first from 2.5 s on: damaged here" in found.stderr and "holds the 1 captions" in found.stderr
     assert (tmp_path / "a.srt").read_text().startswith("1\n00:00:00,000 --> 00:00:02,500\n")
 
 

@@ -88,7 +88,14 @@ def test_media_are_encoded_once_for_all_samples(model, monkeypatch):
 
 
 def test_streams_of_samples_have_nothing_in_common():
-    assert len({stream_seed(seed, sample) for seed in range(30) for sample in range(30)}) == 900
+    found = {stream_seed(seed, key, sample) for seed in range(10) for key in "abcdefghi" for sample in range(10)}
+    assert len(found) == 900
+
+
+def test_equal_prompts_of_different_keys_draw_different_numbers(model):
+    sample, decoding = tiny_sample("av"), Decoding(1.0, 1.0, 5, 12)
+    found = answers(model, open_batch(sample, sample, sample), decoding, keys=["a", "b", "a"])
+    assert found[0].ids == found[2].ids != found[1].ids
 
 
 def draws(*numbers: float):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +30,7 @@ def made(text: str = "A dog barks.", start_s: float = 0.0, end_s: float = 2.5, s
 
 
 def record(*captions: Any, **settings: Any) -> dict[str, Any]:
-    return caption_record("clip.mp4", "nano", "What?", {"temperature": 0.0, **settings}, captions)
+    return caption_record(Path("clip.mp4"), "nano", "What?", {"temperature": 0.0, **settings}, captions)
 
 
 def test_a_record_has_the_agreed_keys_and_each_note_once():
@@ -37,6 +38,7 @@ def test_a_record_has_the_agreed_keys_and_each_note_once():
     assert found == {
         "version": 1,
         "file": "clip.mp4",
+        "path": file_key("clip.mp4"),
         "model": "nano",
         "question": "What?",
         "settings": {"temperature": 0.0},
@@ -56,21 +58,30 @@ def test_json_and_jsonl_say_the_same_on_many_lines_and_on_one():
 
 def test_the_last_record_of_a_file_counts(tmp_path):
     path = tmp_path / "a.jsonl"
-    append_jsonl(path, [error_record("clip.mp4", "cut off"), error_record("other.mp4", "empty"), record(made())])
-    found = read_records(path)
-    assert found == {file_key("clip.mp4"): record(made()), file_key("other.mp4"): error_record("other.mp4", "empty")}
+    other = error_record(Path("other.mp4"), "empty")
+    append_jsonl(path, [error_record(Path("clip.mp4"), "cut off"), other, record(made())])
+    assert read_records(path) == {file_key("clip.mp4"): record(made()), file_key("other.mp4"): other}
 
 
 def test_a_file_is_the_same_however_its_path_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
     names = ("clip.mp4", "sub/../clip.mp4", str(tmp_path / "clip.mp4"))
-    append_jsonl(tmp_path / "a.jsonl", [error_record(name, "cut off") for name in names])
+    append_jsonl(tmp_path / "a.jsonl", [error_record(Path(name), "cut off") for name in names])
     (last,) = read_records(tmp_path / "a.jsonl").values()
     assert last["file"] == names[-1]
 
 
-@pytest.mark.parametrize("line", ['{"file": "a.mp4"}', '{"version": 2, "file": "a.mp4"}', "[1]", '{"version": 1}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"file": "a.mp4"}',
+        '{"version": 2, "file": "a.mp4"}',
+        "[1]",
+        '{"version": 1}',
+        '{"version": 1, "file": "a.mp4"}',
+    ],
+)
 def test_a_file_of_something_else_is_refused(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_text(line + "\n")

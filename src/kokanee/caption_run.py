@@ -1,26 +1,31 @@
 """Captions of many files: one record after the other into a file that only grows, so that a run can be killed any time.
 
-A second run with the same settings does what is missing: files without a record, files whose record has an error (from
-the first interval on that has no caption), and files that have changed since. A run with other settings, or another
-model under the same name, is refused.
+A second run with the same settings does what is missing: files without a record, intervals without a caption of files
+whose record has an error, and files that have changed since. A run with another question, other settings or other
+weights is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kokanee.captioner import BOTH, Caption, Captioner, How, Prepared, Request, check_samples, groups
+import kokanee
+from kokanee.captioner import BOTH, Caption, Captioner, Prepared, Request, check_samples, groups
 from kokanee.errors import KokaneeError
 from kokanee.files import file_key
 from kokanee.formats import append_jsonl, differences
 from kokanee.generation import Decoding
-from kokanee.outputs import Record, caption_record, error_record, read_records
+from kokanee.outputs import Record, caption_record, error_record, key_of, read_records
 from kokanee.weights import fingerprint
 
-COMPARED = ("model", "question")
+KEPT_EVERY_S = 60.0
+NOT_COMPARED = ("base", "kokanee")  # the weights say which model it is
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Task:
             "max_new_tokens": self.decoding.max_new_tokens,
             "dtype": str(captioner.model.dtype).removeprefix("torch."),
             "base": captioner.base,
+            "kokanee": kokanee.__version__,
             "weights": fingerprint(captioner.model),
             "processor": captioner.processor.config.model_dump(mode="json"),
         }
@@ -62,8 +68,17 @@ class Task:
     def record(self, captioner: Captioner, path: Path, captions: Sequence[Caption]) -> Record:
         """The record of a file with these captions."""
         question = self.question or captioner.defaults.question
-        made = caption_record(path.as_posix(), captioner.name, question, self.settings(captioner), captions)
+        made = caption_record(path, captioner.name, question, self.settings(captioner), captions)
         return made | version_of(path)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An interval that has no caption, and why."""
+
+    start_s: float
+    end_s: float
+    error: str
 
 
 class Stopped(KeyboardInterrupt):
@@ -90,12 +105,14 @@ def run(
     task: Task,
     batch_size: int = 1,
     on_record: Callable[[Record], None] | None = None,
+    on_caption: Callable[[Path, Caption], None] | None = None,
 ) -> Summary:
     """Caption `files` (each once), adding a record of each to `out` (None: to no file).
 
-    `on_record` is told each record, also those of earlier runs. `batch_size` files are captioned together, or with
-    `every_s` as many intervals of a file. A file that cannot be captioned gets an error record and does not stop the
-    others. Raises `KokaneeError` when `out` was made with other settings.
+    `on_record` is told each record, also those of earlier runs, `on_caption` each caption of an interval at once.
+    `batch_size` files are captioned together, or with `every_s` as many intervals of a file, whose captions are kept
+    once a minute. A file that cannot be captioned gets an error record and does not stop the others. Raises
+    `KokaneeError` when `out` was made with other settings.
     """
     check_samples(task.n_samples, task.decoding.temperature)
     known = read_records(out) if out is not None and out.is_file() else {}
@@ -109,16 +126,23 @@ def run(
             summary.skipped += 1
             summary.captioned += 1
             tell(on_record, before)
+
+    def keep(record: Record) -> None:
+        if out is not None and record != known.get(key_of(record)):
+            append_jsonl(out, [record])
+
     for group in groups(waiting, 1 if task.every_s else batch_size):
         try:
-            records = caption_group(captioner, group, task, batch_size, known)
+            if task.every_s:
+                before, heard = known.get(file_key(group[0])), partial(on_caption, group[0]) if on_caption else None
+                records = [caption_one(captioner, group[0], task, batch_size, before, heard, keep)]
+            else:
+                records = caption_group(captioner, group, task)
         except Stopped as stopped:
-            if out is not None:
-                append_jsonl(out, [stopped.record])
+            keep(stopped.record)
             raise
         for record in records:
-            if out is not None and record != known.get(file_key(record["file"])):
-                append_jsonl(out, [record])
+            keep(record)
             if "error" in record:
                 summary.failed[record["file"]] = record["error"]
             else:
@@ -147,8 +171,8 @@ def check_same(out: Path | None, known: dict[str, Record], now: Record) -> None:
 
 def compared(record: Record) -> dict[str, Any]:
     """What records of one run have in common, each setting of the processor by its own name."""
-    settings = dict(record["settings"])
-    return {name: record[name] for name in COMPARED} | settings.pop("processor", {}) | settings
+    settings = {name: value for name, value in record["settings"].items() if name not in NOT_COMPARED}
+    return {"question": record["question"]} | settings.pop("processor", {}) | settings
 
 
 def version_of(path: Path) -> dict[str, Any]:
@@ -160,84 +184,111 @@ def version_of(path: Path) -> dict[str, Any]:
     return {"size_bytes": found.st_size, "modified_s": found.st_mtime}
 
 
-def caption_group(
-    captioner: Captioner, paths: Sequence[Path], task: Task, batch_size: int, known: Mapping[str, Record]
-) -> list[Record]:
-    """The records of some files that are captioned together; each that fails has its reason. `known` are records by
-    `file_key`, whose intervals are not done again."""
-    if task.every_s:
-        return [caption_one(captioner, path, task, batch_size, known.get(file_key(path))) for path in paths]
+def caption_group(captioner: Captioner, paths: Sequence[Path], task: Task) -> list[Record]:
+    """The records of some files that are captioned together; each that fails has its reason."""
     prepared: dict[Path, Prepared] = {}
     records: dict[Path, Record] = {}
     for path in paths:
         try:
             prepared[path] = captioner.prepare(task.request(path))
         except KokaneeError as error:
-            records[path] = error_record(path.as_posix(), str(error))
+            records[path] = error_record(path, str(error))
     try:
         made = captioner.answer(list(prepared.values()), task.decoding, task.n_samples)
         records |= {path: task.record(captioner, path, captions) for path, captions in zip(prepared, made, strict=True)}
     except KokaneeError as error:
         if len(prepared) == 1:
-            records |= {path: error_record(path.as_posix(), str(error)) for path in prepared}
+            records |= {path: error_record(path, str(error)) for path in prepared}
     # One by one outside of the handler, whose error keeps what the batch had in memory.
-    return [records[path] if path in records else caption_one(captioner, path, task, 1) for path in paths]
+    return [records[path] if path in records else caption_one(captioner, path, task) for path in paths]
 
 
 def caption_one(
     captioner: Captioner,
     path: Path,
     task: Task,
-    batch_size: int,
+    batch_size: int = 1,
     before: Record | None = None,
     on_caption: Callable[[Caption], None] | None = None,
+    keep: Callable[[Record], None] | None = None,
 ) -> Record:
-    """The record of one file: its captions, and why there are none or not all. `on_caption` is told each at once.
+    """The record of one file: its captions, and why there are none or not all.
 
-    What an unfinished record `before` has of the same file is kept. Raises `Stopped` on Ctrl-C after the first caption.
+    `on_caption` is told each caption at once, `keep` about once a minute what the record would be if nothing came
+    after. What an unfinished record `before` has of the same file is not done again. Raises `Stopped` on Ctrl-C after
+    the first caption.
     """
-    captions, failed = kept_of(before, path, task), {}
+    captions, failed, reason = kept_of(before, path, task), [], ""
+    kept_s = time.monotonic()
+
+    def unfinished(reason: str) -> Record:
+        failures = [asdict(interval) for interval in failed]
+        return task.record(captioner, path, in_order(captions)) | error_record(path, reason) | {"failed": failures}
+
     try:
-        for caption in captions_of(captioner, path, task, batch_size, len(captions) // task.n_samples):
-            captions.append(caption)
+        for made in pieces_of(captioner, path, task, batch_size, {caption.start_s for caption in captions}):
+            if isinstance(made, Failed):
+                failed.append(made)
+                continue
+            captions.append(made)
             if on_caption is not None:
-                on_caption(caption)
+                on_caption(made)
+            if keep is not None and task.every_s and time.monotonic() - kept_s > KEPT_EVERY_S:
+                keep(unfinished("not finished"))
+                kept_s = time.monotonic()
     except KokaneeError as error:
-        failed = error_record(path.as_posix(), str(error))
+        reason = str(error)
     except KeyboardInterrupt as stop:
         if captions and task.every_s:
-            unfinished = error_record(path.as_posix(), f"stopped after {captions[-1].end_s:g} s")
-            raise Stopped(task.record(captioner, path, captions) | unfinished) from stop
+            raise Stopped(unfinished(f"stopped after {captions[-1].end_s:g} s")) from stop
         raise
-    return failed if failed and not captions else task.record(captioner, path, captions) | failed
+    if failed:
+        first = failed[0]
+        reason = f"{len(failed)} intervals have no caption, the first from {first.start_s:g} s on: {first.error}"
+    if not reason:
+        return task.record(captioner, path, in_order(captions))
+    return unfinished(reason) if captions else error_record(path, reason)
+
+
+def in_order(captions: Sequence[Caption]) -> list[Caption]:
+    return sorted(captions, key=lambda caption: (caption.start_s, caption.sample))
 
 
 def kept_of(before: Record | None, path: Path, task: Task) -> list[Caption]:
     """The captions of whole intervals in an unfinished record of the file as it is now."""
     if before is None or "captions" not in before or "error" not in before or before != before | version_of(path):
         return []
-    notes = tuple(before["notes"])
-    captions = [Caption(**entry, notes=notes) for entry in before["captions"]]
-    return captions[: len(captions) // task.n_samples * task.n_samples]
+    captions = [Caption(**entry, notes=tuple(before["notes"])) for entry in before["captions"]]
+    samples = Counter(caption.start_s for caption in captions)
+    return [caption for caption in captions if samples[caption.start_s] == task.n_samples]
 
 
-def captions_of(
-    captioner: Captioner, path: Path, task: Task, batch_size: int = 1, skipped: int = 0
-) -> Iterator[Caption]:
-    """All captions that a task wants of a file, as they are made, without the first `skipped` intervals. Raises
-    `KokaneeError` for what cannot be read."""
+def pieces_of(
+    captioner: Captioner, path: Path, task: Task, batch_size: int = 1, done_s: Collection[float] = ()
+) -> Iterator[Caption | Failed]:
+    """All captions that a task wants of a file, as they are made, and the intervals that have none.
+
+    Intervals that begin at `done_s` (seconds, to a thousandth) are left out. A batch of intervals that fails is tried
+    one by one. Raises `KokaneeError` for a file that cannot be read.
+    """
     if task.every_s is None:
         yield from captioner.answer([captioner.prepare(task.request(path))], task.decoding, task.n_samples)[0]
         return
-    yield from captioner.every(
-        path,
-        task.every_s,
-        task.question,
-        task.start_s,
-        task.end_s,
-        use=task.use,
-        n_samples=task.n_samples,
-        batch_size=batch_size,
-        skipped=skipped,
-        **How(**asdict(task.decoding)),
-    )
+    parts = captioner.parts(path, task.every_s, task.start_s, task.end_s, task.use)
+    for group in groups([part for part in parts if round(part[0], 3) not in done_s], batch_size):
+        found = captions_of(captioner, path, task, group)
+        for part, captions in zip(group, found, strict=True):
+            if isinstance(captions, str):
+                captions = captions_of(captioner, path, task, [part])[0] if len(group) > 1 else captions
+            yield from [Failed(*part, captions)] if isinstance(captions, str) else captions
+
+
+def captions_of(
+    captioner: Captioner, path: Path, task: Task, parts: Sequence[tuple[float, float]]
+) -> list[list[Caption]] | list[str]:
+    """The captions of each of some intervals, computed together; where that fails the reason, for each."""
+    try:
+        prepared = [captioner.prepare(replace(task.request(path), start_s=start, end_s=end)) for start, end in parts]
+        return captioner.answer(prepared, task.decoding, task.n_samples)
+    except KokaneeError as error:
+        return [str(error)] * len(parts)

@@ -80,12 +80,18 @@ class How(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that was read: the model's input, which part of the file it is, and notes about it."""
+    """A request that was read: the model's input, of which file and part of it, and notes about it."""
 
     sample: Sample
+    name: str
     start_s: float
     end_s: float
     notes: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """What its random numbers follow from, beside the seed: the file's name and the part's start."""
+        return f"{self.name}/{self.start_s:.3f}"
 
 
 class Captioner:
@@ -93,7 +99,8 @@ class Captioner:
 
     All methods take a file (video, sound or still image) and optionally a question; `use=("video",)` or `("audio",)`
     ignores the other sense. They raise `KokaneeError` for what cannot be read, and for an interval outside the file.
-    Decoding is greedy unless a `temperature` is given; `seed` then decides, in whatever batch a clip is.
+    Decoding is greedy unless a `temperature` is given; the seed, the file's name and the interval then decide, in
+    whatever batch a clip is.
     """
 
     def __init__(
@@ -211,23 +218,32 @@ class Captioner:
         use: Sequence[str] = BOTH,
         n_samples: int = 1,
         batch_size: int = 1,
-        skipped: int = 0,
         **how: Unpack[How],
     ) -> Iterator[Caption]:
         """Captions of one interval of `every_s` seconds after the other, as they are made; see `intervals`.
 
-        `batch_size` intervals are computed together; the first `skipped` are left out. Only an interval's own frames
-        are read and kept. Where sound goes on after the picture, the intervals go on too, by sound alone.
+        `batch_size` intervals are computed together. Only an interval's own frames are kept. Where sound goes on after
+        the picture, the intervals go on too, by sound alone.
         """
         decoding = self.decoding(how)
         check_samples(n_samples, decoding.temperature)
-        if is_image(path):
-            raise KokaneeError(f"{path} is a still image and has no intervals. Caption it as a whole.")
-        parts = intervals(start_s or 0.0, file_length_s(path, use), every_s, end_s)
-        for group in groups(parts[skipped:], batch_size):
+        for group in groups(self.parts(path, every_s, start_s, end_s, use), batch_size):
             prepared = [self.prepare(Request(path, question, *part, use)) for part in group]
             for captions in self.answer(prepared, decoding, n_samples):
                 yield from captions
+
+    def parts(
+        self,
+        path: Source,
+        every_s: float,
+        start_s: float | None = None,
+        end_s: float | None = None,
+        use: Sequence[str] = BOTH,
+    ) -> list[tuple[float, float]]:
+        """The intervals of `every`: start and end in seconds."""
+        if is_image(path):
+            raise KokaneeError(f"{path} is a still image and has no intervals. Caption it as a whole.")
+        return intervals(start_s or 0.0, file_length_s(path, use), every_s, end_s)
 
     def caption_files(
         self,
@@ -259,6 +275,7 @@ class Captioner:
     def prepare(self, request: Request, question: str | None = None) -> Prepared:
         """Read a file and prepare it for the model; the question is the request's, the given one or the default."""
         turns = [Turn("user", request.question or question or self.defaults.question)]
+        name = Path(request.path).name
         if is_image(request.path):
             if request.start_s is not None or request.end_s is not None:
                 raise KokaneeError(f"{request.path} is a still image and has no intervals. Leave start and end out.")
@@ -268,16 +285,16 @@ class Captioner:
                 )
             notes: list[str] = []
             image = read_image(request.path, notes)
-            return Prepared(self.processor.prepare(image, turns), 0.0, 0.0, tuple(notes))
+            return Prepared(self.processor.prepare(image, turns), name, 0.0, 0.0, tuple(notes))
         clip = self.processor.read(Path(request.path), request.start_s, request.end_s, request.use)
-        return Prepared(self.processor.prepare(clip, turns), clip.start_s, clip.end_s, clip.notes)
+        return Prepared(self.processor.prepare(clip, turns), name, clip.start_s, clip.end_s, clip.notes)
 
     def answer(self, prepared: Sequence[Prepared], decoding: Decoding, n_samples: int = 1) -> list[list[Caption]]:
         """`n_samples` captions for each of several prepared requests, from one prefill."""
         if not prepared:
             return []
         batch = self.processor.collate([part.sample for part in prepared], padding_side="left")
-        found = answers(self.model, batch, decoding, n_samples)
+        found = answers(self.model, batch, decoding, n_samples, [part.key for part in prepared])
         rows = groups(found, n_samples)
         return [
             [self.made(part, answer, decoding, sample) for sample, answer in enumerate(row)]
@@ -316,7 +333,7 @@ class CaptionStream:
         processor, model = self.captioner.processor, self.captioner.model
         batch = processor.collate([self.part.sample], padding_side="left")
         text, answer, ends = TextStream(processor.tokenizer), Answer(), end_ids(model)
-        for (token,) in steps(model, batch, self.decoding):
+        for (token,) in steps(model, batch, self.decoding, keys=[self.part.key]):
             if token in ends:
                 answer.finished = True
             else:

@@ -15,11 +15,11 @@ from kokanee.console import bar, key_value, say
 from kokanee.errors import KokaneeError
 from kokanee.files import Found, file_key, find, is_image, output_names
 from kokanee.formats import check_writable, write_text
-from kokanee.outputs import FORMATS, SUBTITLES, Record, caption_entry, read_records, txt_entry
+from kokanee.outputs import FORMATS, SUBTITLES, Record, caption_entry, key_of, read_records, txt_entry
 
 if TYPE_CHECKING:
     from kokanee.caption_run import Summary, Task
-    from kokanee.captioner import Captioner
+    from kokanee.captioner import Caption, Captioner
 
 RECORDS = "captions.jsonl"
 STANDARD_OUTPUT = ("-", "/dev/stdout")
@@ -228,38 +228,37 @@ def check_targets(plan: Plan, overwrite: bool) -> None:
 
 
 def caption_single(captioner: Captioner, plan: Plan, task: Task, batch_size: int) -> None:
-    """One file, to standard output or to a file of its own."""
+    """One file, to standard output or to a file of its own. Ctrl-C leaves the captions that were made until then."""
     from kokanee.caption_run import Stopped
 
     path, target = plan.found[0].path, next(iter(plan.files.values()), None)
-    stopped = False
-    if plan.format == "txt" and target is None:
-        record = write_as_made(captioner, path, task, batch_size)
-    else:
-        try:
-            record = caption_whole(captioner, path, task, batch_size, quiet=task.every_s is None or target is None)
-        except Stopped as stop:
-            record, stopped = stop.record, True
-        if "captions" in record:
-            text = FORMATS[plan.format](record)
-            typer.echo(text, nl=False) if target is None else write_text(target, text)
+    as_made, stopped = plan.format == "txt" and target is None, False
+    try:
+        record = (write_as_made if as_made else caption_whole)(captioner, path, task, batch_size)
+    except Stopped as stop:
+        record, stopped = stop.record, True
+    if "captions" in record and not as_made:
+        text = FORMATS[plan.format](record)
+        typer.echo(text, nl=False) if target is None else write_text(target, text)
     for note in record.get("notes", ()):
         say(f"{path}: {note}")
     captions = record.get("captions", ())
     cut = sum(not caption["finished"] for caption in captions)
     if cut:
         say(f"{path}: {cut} of {len(captions)} captions cut off at {task.decoding.max_new_tokens} tokens")
+    if captions and "error" in record and target is not None:
+        say(f"{target} holds the {len(captions)} captions that were made. (--out {path.stem}.jsonl can be continued.)")
     if stopped:
         raise KeyboardInterrupt
     if "error" in record:
         raise KokaneeError(record["error"])
 
 
-def caption_whole(captioner: Captioner, path: Path, task: Task, batch_size: int, quiet: bool) -> Record:
-    """The record of one file. Ctrl-C raises `Stopped` with the captions made until then."""
+def caption_whole(captioner: Captioner, path: Path, task: Task, batch_size: int) -> Record:
+    """The record of one file, with a bar for its intervals."""
     from kokanee.caption_run import caption_one
 
-    with bar(hidden=quiet) as progress:
+    with bar(hidden=task.every_s is None) as progress:
         shown = progress.add_task("intervals", total=None)
         return caption_one(captioner, path, task, batch_size, on_caption=lambda _: progress.advance(shown))
 
@@ -274,13 +273,15 @@ def write_as_made(captioner: Captioner, path: Path, task: Task, batch_size: int)
         sys.stdout.write("\n")
         assert stream.caption is not None
         return task.record(captioner, path, [stream.caption])
-    from kokanee.caption_run import captions_of
+    from kokanee.caption_run import caption_one
 
-    captions, settings = [], task.settings(captioner)
-    for number, made in enumerate(captions_of(captioner, path, task, batch_size)):
-        captions.append(made)
-        typer.echo(("\n" if number else "") + txt_entry(caption_entry(made), settings), nl=False)
-    return task.record(captioner, path, captions)
+    settings, written = task.settings(captioner), []
+
+    def write(made: Caption) -> None:
+        typer.echo(("\n" if written else "") + txt_entry(caption_entry(made), settings), nl=False)
+        written.append(made)
+
+    return caption_one(captioner, path, task, batch_size, on_caption=write)
 
 
 def caption_several(captioner: Captioner, plan: Plan, task: Task, batch_size: int) -> None:
@@ -297,12 +298,16 @@ def caption_several(captioner: Captioner, plan: Plan, task: Task, batch_size: in
             if plan.out is None:
                 write_record(record, plan.format)
             elif files and "error" not in record:
-                key = file_key(record["file"])
+                key = key_of(record)
                 if record != before.get(key) or not files[key].exists():
                     write_text(files[key], FORMATS[plan.format](record))
 
+        def on_caption(path: Path, caption: Caption) -> None:
+            progress.update(shown, file=f"{path.as_posix()}, {caption.end_s:.0f} s")
+
         try:
-            summary = run(captioner, [hit.path for hit in plan.found], records, task, batch_size, on_record)
+            paths = [hit.path for hit in plan.found]
+            summary = run(captioner, paths, records, task, batch_size, on_record, on_caption)
         except KeyboardInterrupt:
             if records is not None and records.is_file():
                 say(f"What is done is in {records}; the same command again goes on.")

@@ -75,7 +75,8 @@ def exam(
     for start in range(0, len(records), batch_size):
         part = records[start : start + batch_size]
         seen = [watch(model, processor, folder / record["file"]) for record in part]
-        captions += answers(model, processor, [(view, PROMPT) for view in seen], captioning)
+        keys = [record["file"] for record in part]
+        captions += answers(model, processor, [(view, PROMPT) for view in seen], captioning, keys)
         questions = [(view, q) for view, record in zip(seen, part, strict=True) for q in record["questions"]]
         said = answers(model, processor, [(view, q["question"]) for view, q in questions], ANSWERING)
         for (_, question), text in zip(questions, said, strict=True):
@@ -151,15 +152,17 @@ def answers(
     processor: Processor,
     asked: Sequence[tuple[View, str]],
     decoding: Decoding,
+    keys: Sequence[str] | None = None,
     batch_size: int = 50,
 ) -> list[str]:
-    """Answers to questions about clips that were watched, stripped of white space."""
+    """Answers to questions about clips that were watched, stripped of white space. `keys`: see `generation.steps`."""
     texts: list[str] = []
     for start in range(0, len(asked), batch_size):
         samples = [
             {**processor.prepare_ids([Turn("user", text)], [view.block]), **view.media}
             for view, text in asked[start : start + batch_size]
         ]
-        found = generation.answers(model, processor.collate(samples, padding_side="left"), decoding)
+        batch, part = processor.collate(samples, padding_side="left"), slice(start, start + batch_size)
+        found = generation.answers(model, batch, decoding, keys=None if keys is None else keys[part])
         texts += [generation.text_of(processor.tokenizer, answer.ids).strip() for answer in found]
     return texts

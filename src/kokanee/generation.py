@@ -1,8 +1,9 @@
 """The decode loop: a batch of prompts -> tokens, one step at a time, from one prefill; and tokens -> text as it grows.
 
 The prompts with their media are computed once, whatever the number of samples. Every sample draws from a random stream
-of its own that follows from the seed and its number alone: the same seed gives the same caption in any batch, up to the
-rounding of sums (which depends on the batch's shape, and matters in bfloat16 more than in float32).
+of its own that follows from the seed, the prompt's key and the sample's number alone: the same seed gives the same
+caption in any batch, up to the rounding of sums (which depends on the batch's shape, and matters in bfloat16 more than
+in float32).
 
 Axes: B prompts, R rows (samples of a prompt stand next to each other), L tokens, V vocabulary.
 """
@@ -58,11 +59,17 @@ class Answer:
     finished: bool = False
 
 
-def answers(model: Kokanee, batch: dict[str, torch.Tensor], decoding: Decoding, n_samples: int = 1) -> list[Answer]:
+def answers(
+    model: Kokanee,
+    batch: dict[str, torch.Tensor],
+    decoding: Decoding,
+    n_samples: int = 1,
+    keys: Sequence[str] | None = None,
+) -> list[Answer]:
     """All answers to a batch, prompt by prompt, `n_samples` of each; see `steps`."""
     found = [Answer() for _ in range(batch["input_ids"].shape[0] * n_samples)]
     ends = end_ids(model)
-    for tokens_R in steps(model, batch, decoding, n_samples):
+    for tokens_R in steps(model, batch, decoding, n_samples, keys):
         for answer, token in zip(found, tokens_R, strict=True):
             if token in ends:
                 answer.finished = True
@@ -72,19 +79,25 @@ def answers(model: Kokanee, batch: dict[str, torch.Tensor], decoding: Decoding, 
 
 
 def steps(
-    model: Kokanee, batch: dict[str, torch.Tensor], decoding: Decoding, n_samples: int = 1
+    model: Kokanee,
+    batch: dict[str, torch.Tensor],
+    decoding: Decoding,
+    n_samples: int = 1,
+    keys: Sequence[str] | None = None,
 ) -> Iterator[list[int]]:
     """The next token of every row, step by step; `NO_TOKEN` for rows that came to their end before.
 
-    `batch` is a collated batch of open prompts, padded on the left. Stops when all rows have ended or are
-    `max_new_tokens` long. Raises `KokaneeError` when the model's output is not finite.
+    `batch` is a collated batch of open prompts, padded on the left; `keys` say what each prompt is, so that those of
+    different keys draw different random numbers. Stops when all rows have ended or are `max_new_tokens` long. Raises
+    `KokaneeError` when the model's output is not finite, or the device has too little memory.
     """
     device = cast(torch.Tensor, model.get_input_embeddings().weight).device
-    batch = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+    with memory_said():
+        batch = {name: value.to(device) for name, value in batch.items() if name != "labels"}
     logits_RV, cache = prefill(model, batch, n_samples)
     mask_RL = batch["attention_mask"].repeat_interleave(n_samples, 0)
     last_3R1 = batch["position_ids"][:, :, -1:].repeat_interleave(n_samples, 1)
-    draw = uniform_numbers(decoding, len(logits_RV), n_samples)
+    draw = uniform_numbers(decoding, keys or [""] * len(batch["input_ids"]), n_samples)
     ends = end_ids(model)
     ended = [False] * len(logits_RV)
     for step in range(decoding.max_new_tokens):
@@ -141,6 +154,7 @@ def one_more(
     return out.logits[:, -1]
 
 
+@memory_said()
 def choose(logits_RV: torch.Tensor, decoding: Decoding, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
     """A token for each row (R,): the likeliest at temperature 0, else the one at which a uniform number falls."""
     if decoding.temperature == 0:
@@ -155,18 +169,20 @@ def choose(logits_RV: torch.Tensor, decoding: Decoding, draw: Callable[[], torch
     return order_RV.gather(1, place_R1.minimum(size_R1 - 1))[:, 0]
 
 
-def uniform_numbers(decoding: Decoding, n_rows: int, n_samples: int) -> Callable[[], torch.Tensor]:
-    """A function that draws one number in [0, 1) for each row (R,), sample k of any prompt from the k-th stream."""
+def uniform_numbers(decoding: Decoding, keys: Sequence[str], n_samples: int) -> Callable[[], torch.Tensor]:
+    """A function that draws one number in [0, 1) for each row (R,), sample k of a prompt from the k-th stream of its
+    key."""
     streams = [
-        torch.Generator().manual_seed(stream_seed(decoding.seed, row % n_samples))
-        for row in range(n_rows if decoding.temperature else 0)
+        torch.Generator().manual_seed(stream_seed(decoding.seed, key, sample))
+        for key in (keys if decoding.temperature else ())
+        for sample in range(n_samples)
     ]
     return lambda: torch.cat([torch.rand(1, generator=stream) for stream in streams])
 
 
-def stream_seed(seed: int, sample: int) -> int:
-    """The seed of one sample's random numbers; neighbouring seeds and samples have nothing in common."""
-    digest = hashlib.sha256(f"kokanee/{seed}/{sample}".encode()).digest()
+def stream_seed(seed: int, key: str, sample: int) -> int:
+    """The seed of one sample's random numbers; neighbouring seeds, prompts and samples have nothing in common."""
+    digest = hashlib.sha256(f"kokanee/{seed}/{sample}/{key}".encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") >> (64 - SEED_BITS)
 
 

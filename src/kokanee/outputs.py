@@ -2,13 +2,14 @@
 
 A record is what is known of one file after it was tried:
 
-    {"version": 1, "file": ..., "model": ..., "question": ..., "settings": {...},
+    {"version": 1, "file": ..., "path": ..., "model": ..., "question": ..., "settings": {...},
      "captions": [{"start_s", "end_s", "sample", "seed", "text", "finished"}, ...], "notes": [...],
      "size_bytes": ..., "modified_s": ...}
-    {"version": 1, "file": ..., "error": ...}
+    {"version": 1, "file": ..., "path": ..., "error": ...}
 
-A file that failed after some of its intervals has both: the captions that were made, and the error. Where a list of
-records has several of one file, the last counts.
+`file` is the path as it was given, `path` the whole path, by which a file is known. A file of which some intervals
+failed has both, the captions that were made and the error, and `failed`: [{"start_s", "end_s", "error"}, ...]. Where a
+list of records has several of one file, the last counts.
 """
 
 from __future__ import annotations
@@ -47,12 +48,13 @@ class Captioned(Protocol):
 
 
 def caption_record(
-    file: str, model: str, question: str, settings: dict[str, Any], captions: Sequence[Captioned]
+    file: Path, model: str, question: str, settings: dict[str, Any], captions: Sequence[Captioned]
 ) -> Record:
     """The record of a file that was captioned; its notes are those of all its captions, each once."""
     return {
         "version": VERSION,
-        "file": file,
+        "file": file.as_posix(),
+        "path": file_key(file),
         "model": model,
         "question": question,
         "settings": settings,
@@ -73,20 +75,26 @@ def caption_entry(caption: Captioned) -> dict[str, Any]:
     }
 
 
-def error_record(file: str, error: str) -> Record:
+def error_record(file: Path, error: str) -> Record:
     """The record of a file that could not be captioned, and why."""
-    return {"version": VERSION, "file": file, "error": error}
+    return {"version": VERSION, "file": file.as_posix(), "path": file_key(file), "error": error}
+
+
+def key_of(record: Record) -> str:
+    """What a record's file is known by, in whatever folder the record was made."""
+    return record.get("path") or file_key(record["file"])
 
 
 def read_records(path: Path) -> dict[str, Record]:
     """`file_key` of a file -> its last record, of a file of records. Raises `KokaneeError` for what is none."""
     found = {}
     for number, record in enumerate(read_jsonl(path), 1):
-        if not isinstance(record, dict) or record.get("version") != VERSION or "file" not in record:
+        known = isinstance(record, dict) and record.get("version") == VERSION and "file" in record
+        if not known or not ("error" in record or "captions" in record):
             raise KokaneeError(
                 f"{path}, line {number} is no record of a caption in version {VERSION}. Choose another file."
             )
-        found[file_key(record["file"])] = record
+        found[key_of(record)] = record
     return found
 
 
