@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kokanee.conversations import ANSWER, CAPTION, MEDIA, Conversations, Mix, by_length
+from kokanee.conversations import ANSWER, CAPTION, MEDIA, Conversations, Mix, by_length, way_of
 from kokanee.errors import KokaneeError
 from kokanee.features import Features, Stretch, read_store
 from kokanee.prompt import IGNORED
@@ -105,7 +105,22 @@ def test_the_loss_is_that_of_separate_conversations(make, media):
                 total[role] += float(apart.loss) * tokens
                 count[role] += tokens
     assert float(loss) == pytest.approx(sum(total[role] / count[role] for role in count), abs=1e-5)
-    assert set(stats) == {"caption", "answer", "answers"}
+    assert set(stats) == {"caption", "answer", "answers", f"answers_{media}"}
+
+
+def test_validation_shows_clips_in_all_ways_in_turn_and_training_by_weight(make):
+    objective = make(both=0.9, heard=0.1)
+    ways = [way_of(objective.batch("validation", number, 1)) for number in range(4)]
+    assert ways == ["both", "heard", "both", "heard"]
+    drawn = Counter(way_of(objective.batch("train", number, 1)) for number in range(60))
+    assert drawn["both"] > 3 * drawn["heard"] > 0
+
+
+def test_other_clips_are_other_samples(make):
+    everything = make(seen=1.0).samples()
+    assert set(everything) == {"train", "validation"} and everything == make(both=1.0).samples()
+    shorter = make(seen=1.0, longest_s=4.0).samples()
+    assert shorter["train"] != everything["train"] and shorter["validation"] == everything["validation"]
 
 
 def test_every_label_is_of_the_caption_or_of_an_answer_and_each_clip_has_one_caption(make):

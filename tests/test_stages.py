@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -115,6 +116,18 @@ def test_a_stage_goes_on_from_the_model_of_the_one_before(recipe, tmp_path):
     run_stage(recipe("sound encoder", steps=1, model=str(tmp_path / "1" / "model")), tmp_path / "2")
     first, second = (weights(load(tmp_path / name / "model", dtype="float32")[0]) for name in ("1", "2"))
     assert all(name.startswith("audio.encoder.") for name in differing(first, second))
+
+
+def test_a_stage_whose_starting_model_has_changed_is_refused(recipe, tmp_path):
+    run_stage(recipe("visual encoder", steps=1), tmp_path / "1")
+    second = recipe("sound encoder", steps=1, model=str(tmp_path / "1" / "model"))
+    run_stage(second, tmp_path / "2")
+    before = run_stage(second, tmp_path / "2")
+    assert before == run_stage(second, tmp_path / "2")
+    shutil.rmtree(tmp_path / "1")
+    run_stage(recipe("visual encoder", steps=1, seed=9), tmp_path / "1")
+    with pytest.raises(KokaneeError, match=r"another start \(weights: "):
+        run_stage(second, tmp_path / "2")
 
 
 @pytest.mark.parametrize("stage", ["visual encoder", "sound encoder"])

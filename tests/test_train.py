@@ -142,6 +142,13 @@ def test_a_folder_with_another_run_is_refused_with_what_differs(tmp_path):
         train(Toy(), recipe(learning_rate=0.1), tmp_path)
 
 
+def test_a_run_from_another_start_is_refused(tmp_path):
+    train(Toy(), recipe(), tmp_path, start={"weights": "a"})
+    train(Toy(), recipe(), tmp_path, start={"weights": "a"})
+    with pytest.raises(KokaneeError, match=r"another start \(weights: 'a' before, 'b' now\)"):
+        train(Toy(), recipe(), tmp_path, start={"weights": "b"})
+
+
 def test_a_folder_in_which_nothing_was_done_takes_other_settings(tmp_path):
     claim(tmp_path / "new", recipe())
     claim(tmp_path / "new", recipe(learning_rate=0.1))

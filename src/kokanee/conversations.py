@@ -7,6 +7,7 @@ place of a clip there may be its exact description in words: what is asked is th
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections import defaultdict
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch.nn import functional
 
 from kokanee.errors import KokaneeError
-from kokanee.features import Features, read_store
+from kokanee.features import Features, Stretch, read_store
 from kokanee.layout import Block
 from kokanee.model import Kokanee
 from kokanee.prefix import Sample, branch_mask, collate_packed, pack
@@ -83,13 +84,21 @@ class Conversations(Objective):
         validation = read_store(Path(mix.validation), model, "validation", mix.seed)
         self.clips = {"train": by_length(training), "validation": by_length(validation)}
 
+    def samples(self) -> dict[str, str]:
+        """The clips of each split: how many, and a hash of which they are."""
+        clips = {split: [clip.stretch for group in groups for clip in group] for split, groups in self.clips.items()}
+        return {split: f"{len(found)} clips, {digest(found)}" for split, found in clips.items()}
+
     def batch(self, split: Split, number: int, size: int) -> Batch:
-        """`size` clips of one length with their conversations, all shown in the same way, so that little is padding.
-        Equal arguments give equal batches."""
+        """`size` clips of one length with their conversations, all shown in the same way, so that little is padding: in
+        training by the weights of the mix, otherwise in all ways in turn. Equal arguments give equal batches."""
         rng = random.Random(f"{self.seed}/{split}/{number}")
         groups = self.clips[split]
         clips = rng.choices(rng.choices(groups, [len(group) for group in groups])[0], k=size)
         media = rng.choices(MEDIA, self.mix.weights)[0]
+        if split != "train":
+            shown = [way for way, weight in zip(MEDIA, self.mix.weights, strict=True) if weight]
+            media = shown[number % len(shown)]
         samples, videos, audios = [], [], []
         for clip in clips:
             samples.append(self.sample(sample_scene(split, clip.stretch.index, self.mix.seed), clip, media, rng))
@@ -152,7 +161,7 @@ class Conversations(Objective):
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, Stats]:
         """The mean cross-entropy of captions plus that of answers, both over label tokens; these two, and the share of
-        answers whose every token is the most likely one, in per cent.
+        answers whose every token is the most likely one, in per cent (in evaluation also by the way of showing).
 
         The wording of a caption is mostly chance, an answer's is not: as one mean, answers would hardly count.
         """
@@ -183,7 +192,20 @@ class Conversations(Objective):
             wrong_N = (roles_N == ANSWER) & (logits_NV.argmax(-1) != targets_N)
             asked, failed = branches_N[roles_N == ANSWER].unique(), branches_N[wrong_N].unique()
             stats["answers"] = torch.tensor(100.0 * (1 - len(failed) / len(asked)))
+            if not self.training:
+                stats[f"answers_{way_of(batch)}"] = stats["answers"]
         return loss, stats
+
+
+def way_of(batch: Batch) -> Media:
+    """How the clips of a batch are shown."""
+    seen, heard = "video_embeds" in batch, "audio_states" in batch
+    return "both" if seen and heard else "seen" if seen else "heard" if heard else "text"
+
+
+def digest(stretches: Sequence[Stretch]) -> str:
+    """A hash of which clips these are."""
+    return hashlib.sha256(repr(stretches).encode()).hexdigest()[:16]
 
 
 def sense_of(question: Question) -> Media:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from kokanee.processor import Processor, ProcessorConfig
 from kokanee.recipes import Recipe, checked, read_yaml
 from kokanee.tokenizer import build_tokenizer
 from kokanee.train import STATE, Objective, Report, choose, means, restore, train
+from kokanee.weights import fingerprint
 from kokanee.world.facts import exact
 from kokanee.world.language import write
 from kokanee.world.questions import CAPTION_PROMPTS, ask
@@ -57,12 +59,19 @@ def run_stage(recipe: Recipe, folder: Path, report: Report | None = None) -> dic
     torch.manual_seed(recipe.seed)
     model, processor = starting_model(recipe.model)
     objective = make_objective(recipe, model, processor)
-    figures = train(objective, recipe, folder, report)
+    start = {"weights": fingerprint(model), "processor": fingerprint_of(processor)}
+    figures = train(objective, recipe, folder, report, start)
     objective.finish()
     if int(os.environ.get("RANK", "0")) == 0:
         save(model.eval(), processor, folder / "model")
         starting_defaults(recipe.model).save(folder / "model")
     return figures
+
+
+def fingerprint_of(processor: Processor) -> str:
+    """A hash of a processor's settings and tokenizer."""
+    text = processor.config.model_dump_json() + processor.tokenizer.backend_tokenizer.to_str()
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @torch.no_grad()

@@ -56,6 +56,10 @@ class Objective(nn.Module):
         """The loss, and figures by name; a figure that this batch does not define is left out."""
         raise NotImplementedError
 
+    def samples(self) -> dict[str, str]:
+        """What the batches are made of beside the recipe, by name: a run goes on only where this is the same."""
+        return {}
+
     def finish(self) -> None:
         """Called once, after the last step, before the model is saved: what is still to be done to its weights."""
 
@@ -90,12 +94,19 @@ class Run:
     accelerator: Accelerator
 
 
-def train(objective: Objective, recipe: Recipe, folder: Path, report: Report | None = None) -> dict[str, float]:
+def train(
+    objective: Objective,
+    recipe: Recipe,
+    folder: Path,
+    report: Report | None = None,
+    start: dict[str, str] | None = None,
+) -> dict[str, float]:
     """Train the parts that the recipe names; returns the last step's figures, with those of its evaluation.
 
-    Goes on where an earlier run in `folder` stopped. The main process calls `report(step, figures)` after every step.
-    Raises `KokaneeError` when the folder holds a run with other settings, another number of processes runs than the
-    recipe says, or a loss or gradient is not finite.
+    Goes on where an earlier run in `folder` stopped. `start` says what it starts from, such as fingerprints of weights.
+    The main process calls `report(step, figures)` after every step. Raises `KokaneeError` when the folder holds a run
+    with other settings or from another start, another number of processes runs than the recipe says, or a loss or
+    gradient is not finite.
     """
     accelerator = Accelerator(
         cpu=recipe.device == "cpu",
@@ -110,7 +121,7 @@ def train(objective: Objective, recipe: Recipe, folder: Path, report: Report | N
             f"batches. Start it with torchrun --nproc-per-node {recipe.processes}, or change the recipe."
         )
     trained = choose(objective, recipe.train)
-    claim(folder, recipe)
+    claim(folder, recipe, {**(start or {}), **objective.samples()})
     optimizer: Any = torch.optim.AdamW(
         list(trained.values()),
         lr=recipe.learning_rate,
@@ -130,23 +141,24 @@ def train(objective: Objective, recipe: Recipe, folder: Path, report: Report | N
     return figures
 
 
-def claim(folder: Path, recipe: Recipe) -> None:
-    """Make the folder this recipe's, or raise `KokaneeError` where it holds other files or another run,
+def claim(folder: Path, recipe: Recipe, start: dict[str, str] | None = None) -> None:
+    """Make the folder this recipe's with this start, or raise `KokaneeError` where it holds other files or another run,
     with what differs."""
-    settings = json.loads(recipe.model_dump_json())
+    settings = {"recipe": json.loads(recipe.model_dump_json()), "start": start or {}}
     known = folder / STATE
     refuse_foreign(folder, STATE)
     if known.is_file():
-        before = json.loads(known.read_text(encoding="utf-8"))["recipe"]
-        differing = differences(before, settings)
+        before = json.loads(known.read_text(encoding="utf-8"))
+        differing = differences(before["recipe"], settings["recipe"])
+        differing += differences(before.get("start", {}), settings["start"])
         if not differing:
             return
         if (folder / METRICS).exists() or (folder / CHECKPOINT).exists():
             raise KokaneeError(
-                f"{folder} holds a run with other settings ({'; '.join(differing)}). "
-                "Continue with the old settings, or choose another folder."
+                f"{folder} holds a run with other settings or another start ({'; '.join(differing)}). "
+                "Continue with the old ones, or choose another folder."
             )
-    write_json(known, {"recipe": settings})
+    write_json(known, settings)
 
 
 def choose(objective: Objective, parts: tuple[str, ...]) -> dict[str, nn.Parameter]:
