@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kokanee import audio as audio_module
 from kokanee.audio import AudioBranch, tokens_per_chunk
 from kokanee.errors import KokaneeError
 from tiny import tiny_config
@@ -85,3 +86,12 @@ def test_a_qformer_of_another_width_is_refused():
     config.qformer_config.encoder_hidden_size = 48
     with pytest.raises(KokaneeError, match="d_model"):
         AudioBranch(config.audio_config, config.qformer_config, 24)
+
+
+def test_a_long_sound_is_encoded_some_chunks_at_a_time_to_the_same_tokens(monkeypatch):
+    made, features, sizes = branch(), torch.randn(5, *CHUNK), []
+    whole = made(features)
+    monkeypatch.setattr(audio_module, "CHUNKS_AT_ONCE", 2)
+    encode = made.encode
+    monkeypatch.setattr(made, "encode", lambda part: sizes.append(len(part)) or encode(part))
+    assert torch.allclose(made(features), whole, atol=1e-5) and sizes == [2, 2, 1]

@@ -269,3 +269,10 @@ def test_groups_keep_the_order():
     assert list(groups("abcde", 2)) == [["a", "b"], ["c", "d"], ["e"]]
     with pytest.raises(KokaneeError, match="batch_size"):
         list(groups("abc", 0))
+
+
+def test_a_clip_beyond_the_models_positions_has_a_note(captioner, media, monkeypatch):
+    assert captioner.caption(media / "first.mp4").notes == ()
+    monkeypatch.setattr(captioner.model.config.text_config, "max_position_embeddings", 10)
+    (note,) = captioner.caption(media / "first.mp4").notes
+    assert note.startswith("too long for this model") and "--every" in note

@@ -12,6 +12,7 @@ import pytest
 from kokanee.errors import KokaneeError
 from kokanee.sampling import (
     RATE_HZ,
+    NoPicture,
     Sampling,
     fit_waveform,
     frame_span,
@@ -98,3 +99,10 @@ def test_an_empty_or_impossible_interval_is_refused(start_s: float, end_s: float
 def test_a_sampling_that_makes_no_sense_is_refused(numbers: tuple) -> None:
     with pytest.raises(KokaneeError):
         Sampling(*numbers)
+
+
+def test_the_last_frame_is_on_screen_up_to_the_end():
+    plus = Sampling("salmonn2plus", 0.25, 1, 8)
+    assert sample_indices(60, 1.0, plus, 59.7, 60.0) == [59] and frame_span(60, 1.0, plus, 59.7) == (59, 59)
+    with pytest.raises(NoPicture):
+        frame_span(60, 1.0, plus, 60.0)

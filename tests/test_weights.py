@@ -143,6 +143,15 @@ def test_auto_says_what_is_needed_where_the_memory_does_not_suffice(monkeypatch)
         placed(empty_model(tiny_config()), "auto", torch.float32)
 
 
+def test_auto_leaves_room_beside_the_weights_on_an_accelerator(monkeypatch):
+    model = empty_model(tiny_config())
+    size = sum(weight.numel() * 4 for weight in model.parameters())
+    monkeypatch.setattr(weights, "get_max_memory", lambda: {0: int(1.05 * size), "cpu": 10 * size})
+    assert "cpu" in placed(model, "auto", torch.float32).values()
+    monkeypatch.setattr(weights, "get_max_memory", lambda: {0: 2 * size, "cpu": 10 * size})
+    assert set(placed(model, "auto", torch.float32).values()) == {0}
+
+
 @pytest.mark.parametrize("device", ["toaster", "cuda:99"])
 def test_a_device_that_is_not_there_is_refused(device):
     with pytest.raises(KokaneeError, match=rf"device {device} cannot be used here \(.+\)\. Give 'auto', 'cpu'"):

@@ -45,6 +45,9 @@ def tokens_per_chunk(n_states: int, window_s: float, stride_s: float, n_queries:
     return ((n_states - window) // stride + 1) * n_queries
 
 
+CHUNKS_AT_ONCE = 16  # 8 minutes of sound: the states of all chunks of a film would not fit into memory
+
+
 class AudioBranch(nn.Module):
     """Whisper encoder, Q-Former over windows, projection to the language model's width (paper, section 3.1).
 
@@ -97,4 +100,6 @@ class AudioBranch(nn.Module):
         return self.projection(read_NQD).reshape(states_CSD.shape[0], -1, self.projection.out_features)
 
     def forward(self, input_features_CMF: torch.Tensor) -> torch.Tensor:
-        return self.align(self.encode(input_features_CMF))
+        """Mel chunks -> audio tokens (C, tokens_per_chunk, H); of long sounds some chunks at a time."""
+        parts = input_features_CMF.split(CHUNKS_AT_ONCE)
+        return torch.cat([self.align(self.encode(part)) for part in parts])

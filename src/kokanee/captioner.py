@@ -287,7 +287,15 @@ class Captioner:
             image = read_image(request.path, notes)
             return Prepared(self.processor.prepare(image, turns), name, 0.0, 0.0, tuple(notes))
         clip = self.processor.read(Path(request.path), request.start_s, request.end_s, request.use)
-        return Prepared(self.processor.prepare(clip, turns), name, clip.start_s, clip.end_s, clip.notes)
+        sample = self.processor.prepare(clip, turns)
+        return Prepared(sample, name, clip.start_s, clip.end_s, (*clip.notes, *self.length_notes(sample)))
+
+    def length_notes(self, sample: Sample) -> list[str]:
+        """A note where a clip is longer than the positions that the model knows."""
+        longest, known = int(sample["position_ids"].max()) + 1, self.model.config.text_config.max_position_embeddings
+        if longest <= known:
+            return []
+        return [f"too long for this model ({longest} positions, it knows {known}); caption shorter parts (--every)"]
 
     def answer(self, prepared: Sequence[Prepared], decoding: Decoding, n_samples: int = 1) -> list[list[Caption]]:
         """`n_samples` captions for each of several prepared requests, from one prefill."""

@@ -144,7 +144,7 @@ def caption(
         raise typer.BadParameter("is empty; leave it out to ask for a caption", param_hint="--question")
     if temperature is None:
         temperature = 0.0 if samples == 1 else 1.0
-    plan = make_plan(inputs, recursive, format_, place_of(out), samples, overwrite)
+    plan = make_plan(inputs, recursive, format_, out, samples, overwrite)
     replaced = dict(key_value(item) for item in set_ or [])
     if every is None and plan.format in SUBTITLES:
         every = SUBTITLES_EVERY_S
@@ -181,13 +181,14 @@ def place_of(out: str | None) -> Path | None:
 
 
 def make_plan(
-    inputs: list[str], recursive: bool, wanted: Format | None, out: Path | None, samples: int, overwrite: bool
+    inputs: list[str], recursive: bool, wanted: Format | None, place: str | None, samples: int, overwrite: bool
 ) -> Plan:
     """What to do with which files. Raises `KokaneeError` or a usage error for what cannot be done."""
     found, several = find(inputs, recursive)
     if not several and not found[0].path.exists():
         remedy = "Download it first, Kokanee reads files" if "://" in inputs[0] else "Check the path"
         raise KokaneeError(f"{inputs[0]} is not there. {remedy}.")
+    out = place_of(place)
     ending = out.suffix[1:] if out is not None and not out.is_dir() else ""
     if wanted is None and ending and ending not in FORMATS:
         raise typer.BadParameter(
@@ -213,10 +214,13 @@ def check_targets(plan: Plan, overwrite: bool) -> None:
     """Raise where a file that is to be written cannot be, is to be captioned, or is there and not from this run."""
     files, records = plan.files, plan.records if plan.is_run else None
     read = {hit.path.resolve() for hit in plan.found}
+    tried: set[Path] = set()
     for target in [*files.values(), *([] if records is None else [records])]:
         if target.resolve() in read:
             raise typer.BadParameter(f"{target} is to be captioned and would be overwritten", param_hint="--out")
-        check_writable(target)
+        if target.parent not in tried or target.exists():
+            check_writable(target)
+        tried.add(target.parent)
     known = read_records(records) if records is not None and records.is_file() else {}
     foreign = [target for key, target in files.items() if target.is_file() and key not in known]
     if foreign and not overwrite:

@@ -97,7 +97,7 @@ class Conversations(Objective):
         clips = rng.choices(rng.choices(groups, [len(group) for group in groups])[0], k=size)
         media = rng.choices(MEDIA, self.mix.weights)[0]
         if split != "train":
-            shown = [way for way, weight in zip(MEDIA, self.mix.weights, strict=True) if weight]
+            shown: list[Media] = [way for way, weight in zip(MEDIA, self.mix.weights, strict=True) if weight]
             media = shown[number % len(shown)]
         samples, videos, audios = [], [], []
         for clip in clips:

@@ -76,8 +76,9 @@ def frame_span(
     have no intervals, the clip is read as if the file had been cut: the frame at `end_s` is the next interval's first.
     """
     check_interval(start_s, end_s)
-    first = 0 if start_s is None else round(start_s * fps)
-    last = n_frames - 1
+    first, last = 0 if start_s is None else round(start_s * fps), n_frames - 1
+    if sampling.rule == "salmonn2plus" and (start_s or 0.0) < n_frames / fps:
+        first = min(first, last)  # the last frame is on screen up to the end
     if end_s is not None:
         stop = round(end_s * fps)
         last = min(stop if sampling.rule == "salmonn2" else max(stop - 1, first), last)

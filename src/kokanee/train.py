@@ -164,7 +164,8 @@ def claim(folder: Path, recipe: Recipe, start: dict[str, str] | None = None) -> 
 def choose(objective: Objective, parts: tuple[str, ...]) -> dict[str, nn.Parameter]:
     """Freeze everything but the named parts of the model and what is the stage's own; the parameters left, by name.
 
-    A part is a module or a parameter, named by its whole path ("audio.encoder"). Raises `KokaneeError` for a name that
+    A part is a module or a parameter, named by its whole path ("audio.encoder"); all its weights are trained, those too
+    that transformers leaves as they are (Whisper's table of positions). Raises `KokaneeError` for a name that
     is none.
     """
     own = [name for name, _ in objective.named_children() if name != "model"]

@@ -24,6 +24,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 NAMED = 5
 GIB = 2**30
+KEPT_FOR_WEIGHTS = 0.9
 SAMPLED = 1024
 Rename = Callable[[str], str]
 Device = str | torch.device | dict[str, str]
@@ -146,7 +147,8 @@ def placed(model: Kokanee, device: Device, dtype: torch.dtype) -> dict[str, str 
     if str(device) != "auto":
         return {"": usable(device)}
     model.tie_weights()
-    room = get_max_memory()
+    # What a long clip's activations and cache need cannot be known here, but it is never nothing.
+    room = {place: size if place == "cpu" else int(KEPT_FOR_WEIGHTS * size) for place, size in get_max_memory().items()}
     whole = list(Kokanee._no_split_modules)
     places = infer_auto_device_map(model, room, no_split_module_classes=whole, dtype=dtype)
     if "disk" in places.values():
