@@ -163,8 +163,11 @@ def take_exam(
 
     if out is not None:
         check_writable(out)
+        if out.exists():
+            raise KokaneeError(f"{out} is there already. Choose another name for the marks.")
     from kokanee.checkpoints import load
-    from kokanee.exam import exam
+    from kokanee.exam import CAPTION_TOKENS, exam
+    from kokanee.weights import fingerprint
 
     loaded, processor = load(model, dtype="float32")
     with bar() as progress:
@@ -175,7 +178,16 @@ def take_exam(
 
         marks, captions = exam(loaded, processor, folder, clips, temperature=temperature, seed=seed, report=report)
     if out is not None:
-        settings = {"model": model, "clips": len(captions), "temperature": temperature, "seed": seed}
+        settings = {
+            "model": model,
+            "weights": fingerprint(loaded),
+            "folder": folder.as_posix(),
+            "clips": len(captions),
+            "temperature": temperature,
+            "top_p": 1.0,
+            "seed": seed,
+            "max_new_tokens": CAPTION_TOKENS,
+        }
         write_json(out, {"settings": settings, "marks": [mark.as_dict() for mark in marks], "captions": captions})
     typer.echo("| | Miss | Incorrect | Hallucinated | Total | sounds told | repetition | words | QA |")
     typer.echo("|---|---|---|---|---|---|---|---|---|")

@@ -1,0 +1,203 @@
+"""Laws of asking: whatever the server does, nothing is lost, nothing is asked twice, and what is spent is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from kokanee.endpoint import Asker, BudgetSpent, Endpoint, Replies, Unanswered, each, retry_after_s
+from kokanee.errors import KokaneeError
+from model_server import completion, garbage, half, late, serving, silence, status
+
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+
+
+def echo(request):
+    return "you said: " + request["messages"][-1]["content"]
+
+
+@pytest.fixture
+def served():
+    with serving(echo) as found:
+        yield found
+
+
+def endpoint(url: str, **more) -> Endpoint:
+    return Endpoint("m", url, **{"wait_s": 0.01, "timeout_s": 5.0, "attempts": 4, **more})
+
+
+def said(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def ask(end: Endpoint, texts, path=None, **more):
+    """Replies in the order of the texts, the errors among them, and the asker."""
+
+    async def run():
+        async with Asker(end, path) as asker:
+            found = {}
+            async for text, result in each(texts, lambda t: asker.ask(said(t), **more), end.concurrency):
+                found[text] = result
+            return [found.get(text) for text in texts], asker
+
+    return asyncio.run(run())
+
+
+def test_replies_come_back_and_a_second_run_asks_nothing(served, tmp_path):
+    server, url = served
+    texts = [f"text {number}" for number in range(20)]
+    found, asker = ask(endpoint(url), texts, tmp_path / "replies.jsonl")
+    assert found == [f"you said: {text}" for text in texts]
+    assert len(server.requests) == asker.asked == 20
+    again, asker = ask(endpoint(url), texts, tmp_path / "replies.jsonl")
+    assert again == found and asker.asked == 0 and len(server.requests) == 20
+
+
+def test_what_is_asked_is_what_the_endpoint_says(served):
+    server, url = served
+    ask(endpoint(url, temperature=0.0, top_p=0.1, max_tokens=77), ["a"], seed=6)
+    (request,) = server.requests
+    assert {name: request[name] for name in ("model", "temperature", "top_p", "max_tokens", "seed")} == {
+        "model": "m",
+        "temperature": 0.0,
+        "top_p": 0.1,
+        "max_tokens": 77,
+        "seed": 6,
+    }
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [status(429), status(429, retry_after="0.05"), status(500), status(503), half, garbage, silence, late(0.6)],
+    ids=["429", "429 with a time", "500", "503", "half", "garbage", "silence", "late"],
+)
+def test_trouble_is_got_over(served, trouble, tmp_path):
+    server, url = served
+    server.trouble = [trouble, trouble]
+    found, asker = ask(endpoint(url, concurrency=1, timeout_s=0.3), ["a", "b"], tmp_path / "replies.jsonl")
+    assert found == ["you said: a", "you said: b"]
+    assert asker.asked == 4 and len(Replies(tmp_path / "replies.jsonl").known) == 2
+
+
+def test_trouble_without_end_is_told_and_stops_nothing_else(served):
+    server, url = served
+    server.answer = lambda request: "" if "bad" in request["messages"][-1]["content"] else "good"
+    found, _ = ask(endpoint(url, attempts=3), ["a", "bad", "b"])
+    assert found[0] == found[2] == "good"
+    assert isinstance(found[1], Unanswered) and "in 3 attempts (last: an empty reply)" in str(found[1])
+
+
+@pytest.mark.parametrize("code", [401, 403, 404])
+def test_a_refusal_is_not_asked_again(served, code):
+    server, url = served
+    server.trouble = [status(code)] * 9
+    (error,), asker = ask(endpoint(url), ["a"])
+    assert isinstance(error, KokaneeError) and f"status {code}" in str(error) and asker.asked == 1
+
+
+def test_a_server_that_is_not_there_is_told():
+    (error,), _ = ask(endpoint("http://127.0.0.1:9/v1", attempts=2), ["a"])
+    assert isinstance(error, Unanswered) and "Connection error" in str(error)
+
+
+def test_a_server_that_dies_in_the_middle_loses_nothing_that_was_said(tmp_path):
+    texts, path = [f"text {number}" for number in range(12)], tmp_path / "replies.jsonl"
+    with serving(echo) as (server, url):
+        server.trouble = [lambda s, r: (200, completion(echo(r)), {})] * 5 + [silence] * 500
+        found, _ = ask(endpoint(url, attempts=1, concurrency=2), texts, path)
+    assert sum(isinstance(reply, str) for reply in found) == 5 == len(Replies(path).known)
+    with path.open("a") as file:
+        file.write('{"key": "half a li')
+    with serving(echo) as (server, url):
+        found, asker = ask(endpoint(url), texts, path)
+    assert found == [f"you said: {text}" for text in texts] and asker.asked == 7 == len(server.requests)
+
+
+def test_the_budget_stops_the_asking_and_a_larger_one_goes_on(served, tmp_path):
+    server, url = served
+    texts, path = [f"text {number}" for number in range(30)], tmp_path / "replies.jsonl"
+    found, _ = ask(endpoint(url, budget_tokens=100, concurrency=1), texts, path)
+    assert [isinstance(reply, str) for reply in found[:12]] == [True] * 10 + [False] * 2
+    assert isinstance(found[10], BudgetSpent) and found[11:] == [None] * 19
+    assert len(server.requests) == 10 and Replies(path).tokens == 100
+    found, asker = ask(endpoint(url, budget_tokens=1000), texts, path)
+    assert asker.asked == 20 and all(isinstance(reply, str) for reply in found)
+
+
+def test_no_more_questions_are_under_way_than_allowed(served):
+    server, url = served
+    server.delay_s = 0.02
+    ask(endpoint(url, concurrency=5), [f"text {number}" for number in range(40)])
+    assert 3 <= server.most_under_way <= 5
+
+
+def test_equal_questions_under_way_are_asked_once(served):
+    server, url = served
+    server.delay_s = 0.05
+
+    async def run():
+        async with Asker(endpoint(url)) as asker:
+            return await asyncio.gather(*(asker.ask(said("same")) for _ in range(5)))
+
+    assert asyncio.run(run()) == ["you said: same"] * 5 and len(server.requests) == 1
+
+
+def test_another_seed_attempt_or_model_is_another_question(served):
+    _, url = served
+
+    async def run():
+        async with Asker(endpoint(url)) as asker:
+            for more in ({}, {"seed": 1}, {"attempt": 1}, {"seed": 1}):
+                await asker.ask(said("same"), **more)
+            keys = {Asker(Endpoint(model, url)).key(said("a"), 0, 0) for model in ("m", "n")}
+            return asker.asked, len(keys)
+
+    assert asyncio.run(run()) == (3, 2)
+
+
+def test_a_schema_is_sent_and_left_out_where_the_server_knows_none(served):
+    server, url = served
+    ask(endpoint(url), ["a"], schema=SCHEMA)
+    assert server.requests[0]["response_format"]["json_schema"]["schema"] == SCHEMA
+    server.requests.clear()
+    server.trouble = [status(400)]
+    found, _ = ask(endpoint(url, concurrency=1), ["b", "c"], schema=SCHEMA)
+    assert found == ["you said: b", "you said: c"]
+    assert ["response_format" in request for request in server.requests] == [True, False, False]
+
+
+def test_a_bad_request_without_a_schema_is_refused(served):
+    server, url = served
+    server.trouble = [status(400)] * 5
+    (error,), asker = ask(endpoint(url), ["a"])
+    assert isinstance(error, KokaneeError) and "refuses m: status 400" in str(error) and asker.asked == 1
+
+
+def test_the_key_is_sent_and_written_nowhere(served, tmp_path, monkeypatch):
+    server, url = served
+    monkeypatch.setenv("MY_KEY", "sesame-1234")
+    ask(endpoint(url, key_name="MY_KEY"), ["a"], tmp_path / "replies.jsonl")
+    assert server.headers[0]["authorization"] == "Bearer sesame-1234"
+    assert "sesame" not in (tmp_path / "replies.jsonl").read_text() + repr(endpoint(url, key_name="MY_KEY"))
+
+
+def test_openai_itself_needs_a_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(KokaneeError, match="OPENAI_API_KEY is not set"):
+        Endpoint("gpt-4o")
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("3", 3.0), ("soon", 0.0), ("1e9", 60.0), (None, 0.0)])
+def test_the_time_to_wait_is_read_where_it_is_a_number(text, seconds):
+    headers = {} if text is None else {"retry-after": text}
+    error = type("Error", (), {"response": type("Response", (), {"headers": headers})})()
+    assert retry_after_s(error) == seconds
+
+
+def test_replies_are_one_line_of_json_each(served, tmp_path):
+    _, url = served
+    ask(endpoint(url), ["two\nlines \u2028 狗"], tmp_path / "replies.jsonl")
+    (line,) = (tmp_path / "replies.jsonl").read_bytes().splitlines()
+    assert json.loads(line)["reply"] == "you said: two\nlines \u2028 狗" and json.loads(line)["tokens"] == 10
