@@ -232,7 +232,7 @@ def test_an_interval_that_fails_does_not_stop_the_others_and_is_tried_again_alon
     with monkeypatch.context() as context:
         context.setattr(captioner, "answer", fussy)
         summary = captioner.caption_files([media / "first.mp4"], out, every_s=1, batch_size=batch_size)
-    reason = "1 intervals have no caption, the first from 1 s on: damaged here"
+    reason = "1 interval has no caption, the first from 1 s on: damaged here"
     assert summary.captioned == 0 and list(summary.failed.values()) == [reason]
     (record,) = read_jsonl(out)
     assert record["error"] == reason and [c["start_s"] for c in record["captions"]] == [0, 2, 3, 4]

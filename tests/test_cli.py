@@ -407,3 +407,23 @@ def test_convert_with_a_whisper_says_what_is_missing(tmp_path):
     words = ("convert", tmp_path / "qwen", tmp_path / "out", "--whisper", tmp_path)
     assert "qwen" in kk(*words, code=1).stderr
     assert "convert it first" in kk(*words, "--base", "other", code=2).stderr
+
+
+def test_still_images_are_left_out_of_a_run_by_intervals(cap, media, tmp_path):
+    found = cap(media, "--format", "srt", "--out", tmp_path)
+    assert "still images have no intervals and are left out: 1" in found.stderr
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".jsonl", *[".srt"] * 4]
+    only = cap(media / "*.png", "--every", 2, code=1)
+    assert "All of these are still images" in only.stderr
+
+
+def test_a_converted_model_is_readable_for_all(tiny_checkpoint, tmp_path):
+    kk("convert", tiny_checkpoint, tmp_path / "copy")
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "copy").iterdir()}
+    (tmp_path / "new").touch()
+    assert modes == {(tmp_path / "new").stat().st_mode & 0o777}
+
+
+def test_an_end_beyond_the_file_has_a_note(cap, media):
+    assert "the file ends at 5.00 s, before the end that was asked for" in cap(media / "first.mp4", "--end", 9).stderr
+    assert "ends at" not in cap(media / "first.mp4", "--end", 5).stderr

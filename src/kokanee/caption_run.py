@@ -244,7 +244,8 @@ def caption_one(
         raise
     if failed:
         first = failed[0]
-        reason = f"{len(failed)} intervals have no caption, the first from {first.start_s:g} s on: {first.error}"
+        count = "1 interval has" if len(failed) == 1 else f"{len(failed)} intervals have"
+        reason = f"{count} no caption, the first from {first.start_s:g} s on: {first.error}"
     if not reason:
         return task.record(captioner, path, in_order(captions))
     return unfinished(reason) if captions else error_record(path, reason)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 Source = str | os.PathLike[str]
 BOTH = ("video", "audio")
 SHORTEST_REST = 0.25
+ROUNDING_S = 0.1  # less than this is a matter of where a last frame or packet ends
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,10 @@ class Captioner:
             return Prepared(self.processor.prepare(image, turns), name, 0.0, 0.0, tuple(notes))
         clip = self.processor.read(Path(request.path), request.start_s, request.end_s, request.use)
         sample = self.processor.prepare(clip, turns)
-        return Prepared(sample, name, clip.start_s, clip.end_s, (*clip.notes, *self.length_notes(sample)))
+        notes = [*clip.notes, *self.length_notes(sample)]
+        if request.end_s is not None and clip.end_s < request.end_s - ROUNDING_S:
+            notes.append(f"the file ends at {clip.end_s:.2f} s, before the end that was asked for")
+        return Prepared(sample, name, clip.start_s, clip.end_s, tuple(notes))
 
     def length_notes(self, sample: Sample) -> list[str]:
         """A note where a clip is longer than the positions that the model knows."""

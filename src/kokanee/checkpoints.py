@@ -26,7 +26,7 @@ from kokanee import published
 from kokanee.adapters import ADAPTER_CONFIG, load_adapter, merge
 from kokanee.base import make_base
 from kokanee.errors import KokaneeError
-from kokanee.formats import read_json
+from kokanee.formats import READABLE, read_json
 from kokanee.model import Kokanee, KokaneeConfig
 from kokanee.processor import CONFIG_FILE, Processor
 from kokanee.weights import (
@@ -289,6 +289,8 @@ def replaced(folder: Path) -> Iterator[Path]:
     unfinished.mkdir()
     try:
         yield unfinished
+        for file in unfinished.iterdir():
+            file.chmod(READABLE)
         if folder.exists():
             folder.rename(old)
         unfinished.rename(folder)

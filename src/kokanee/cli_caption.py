@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -165,6 +165,8 @@ def caption(
     if captioner.defaults.note:
         say(f"{model}: {captioner.defaults.note}")
     task = Task(question, start, end, every, samples, use, captioner.decoding(how))  # pyright: ignore[reportArgumentType]
+    if every is not None and plan.several:
+        plan = without_stills(plan)
     if plan.is_run:
         caption_several(captioner, plan, task, batch_size)
     else:
@@ -208,6 +210,16 @@ def make_plan(
         raise typer.BadParameter(f"{out} is one file; several in {format_} need a folder", param_hint="--out")
     check_targets(plan, overwrite)
     return plan
+
+
+def without_stills(plan: Plan) -> Plan:
+    """The plan without still images, which have no intervals; says how many there were."""
+    kept = [hit for hit in plan.found if not is_image(hit.path)]
+    if not kept:
+        raise KokaneeError("All of these are still images, which have no intervals. Leave --every out.")
+    if len(kept) < len(plan.found):
+        say(f"still images have no intervals and are left out: {len(plan.found) - len(kept)}")
+    return replace(plan, found=kept)
 
 
 def check_targets(plan: Plan, overwrite: bool) -> None:
@@ -263,8 +275,16 @@ def caption_whole(captioner: Captioner, path: Path, task: Task, batch_size: int)
     from kokanee.caption_run import caption_one
 
     with bar(hidden=task.every_s is None) as progress:
-        shown = progress.add_task("intervals", total=None)
+        shown = progress.add_task("intervals", total=captions_wanted(captioner, path, task))
         return caption_one(captioner, path, task, batch_size, on_caption=lambda _: progress.advance(shown))
+
+
+def captions_wanted(captioner: Captioner, path: Path, task: Task) -> int | None:
+    """How many captions the intervals of a file will have; None where that is not known."""
+    try:
+        return task.n_samples * len(captioner.parts(path, task.every_s or 1.0, task.start_s, task.end_s, task.use))
+    except KokaneeError:
+        return None
 
 
 def write_as_made(captioner: Captioner, path: Path, task: Task, batch_size: int) -> Record:
@@ -294,8 +314,11 @@ def caption_several(captioner: Captioner, plan: Plan, task: Task, batch_size: in
 
     files, records = plan.files, plan.records
     before = read_records(records) if records is not None and records.is_file() else {}
+    stopped = False
     with bar("{task.fields[file]}", hidden=plan.out is None and sys.stdout.isatty()) as progress:
-        shown = progress.add_task("captions", total=len(plan.found), file="")
+        shown = progress.add_task("files", total=len(plan.found), file="")
+        inside = progress.add_task("intervals", total=None, file="", visible=False)
+        begun: set[Path] = set()
 
         def on_record(record: Record) -> None:
             progress.update(shown, advance=1, file=record["file"])
@@ -307,15 +330,22 @@ def caption_several(captioner: Captioner, plan: Plan, task: Task, batch_size: in
                     write_text(files[key], FORMATS[plan.format](record))
 
         def on_caption(path: Path, caption: Caption) -> None:
-            progress.update(shown, file=f"{path.as_posix()}, {caption.end_s:.0f} s")
+            if path not in begun:
+                begun.add(path)
+                total = captions_wanted(captioner, path, task)
+                progress.reset(inside, total=total, visible=True, file=path.as_posix())
+            progress.advance(inside)
 
         try:
             paths = [hit.path for hit in plan.found]
             summary = run(captioner, paths, records, task, batch_size, on_record, on_caption)
         except KeyboardInterrupt:
-            if records is not None and records.is_file():
-                say(f"What is done is in {records}; the same command again goes on.")
-            raise
+            stopped, summary = True, None
+    if stopped:
+        if records is not None and records.is_file():
+            say(f"What is done is in {records}; the same command again goes on.")
+        raise KeyboardInterrupt
+    assert summary is not None
     tell(summary)
 
 
@@ -334,4 +364,5 @@ def tell(summary: Summary) -> None:
     if summary.failed:
         reasons = list(summary.failed.values())
         more = [f"and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else []
-        raise KokaneeError("\n  ".join([f"{len(reasons)} files have no caption:", *reasons[:NAMED], *more]))
+        head = "1 file has no caption:" if len(reasons) == 1 else f"{len(reasons)} files have no caption:"
+        raise KokaneeError("\n  ".join([head, *reasons[:NAMED], *more]))

@@ -189,12 +189,14 @@ def take_exam(
             "max_new_tokens": CAPTION_TOKENS,
         }
         write_json(out, {"settings": settings, "marks": [mark.as_dict() for mark in marks], "captions": captions})
+    typer.echo(f"{len(captions)} clips, per cent of their true facts; right answers by kind of question", err=True)
     typer.echo("| | Miss | Incorrect | Hallucinated | Total | sounds told | repetition | words | QA |")
     typer.echo("|---|---|---|---|---|---|---|---|---|")
     for mark in marks:
         rates = mark.rates
         row = (rates.missed, rates.incorrect, rates.hallucinated, rates.total, mark.sounds_told, mark.repetition)
         answers = "" if mark.answers is None else f"{mark.answers:.1f}"
-        typer.echo(f"| {mark.name} | {' | '.join(f'{value:.1f}' for value in row)} | {mark.words:.1f} | {answers} |")
+        name = model if mark.name == "model" else mark.name
+        typer.echo(f"| {name} | {' | '.join(f'{value:.1f}' for value in row)} | {mark.words:.1f} | {answers} |")
     for kind, value in marks[-1].answers_by_kind.items():
         typer.echo(f"{kind}: {value:.1f}", err=True)

@@ -15,6 +15,11 @@ from kokanee.errors import KokaneeError
 UTF8: Any = {"encoding": "utf-8", "errors": "surrogateescape"}
 """How text is stored: UTF-8, and names of files that are none byte by byte as they are."""
 
+UMASK = os.umask(0)
+os.umask(UMASK)
+READABLE = 0o666 & ~UMASK
+"""The permissions of new files; safetensors by itself writes files that only their owner can read."""
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name, then rename it: readers see the old file or the new one, never a half."""
@@ -36,6 +41,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield unfinished
+        unfinished.chmod(READABLE)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
