@@ -69,8 +69,8 @@ class LanguageModelJudge:
     ) -> Judgement:
         """The judgement of one caption in run `run`, whose number is the seed.
 
-        `finished`: whether the caption came to its end; repeated strings are cut from one that did not. An empty caption
-        misses everything, which nobody is asked. Raises `Unanswered` where no reply could be read.
+        `finished`: whether the caption came to its end; repeated strings are cut from one that did not. An empty
+        caption misses everything, which nobody is asked. Raises `Unanswered` where no reply could be read.
         """
         texts = [event.text for event in events]
         said = caption if finished else cut_repetition(caption)
@@ -88,8 +88,8 @@ class LanguageModelJudge:
             if reply is not None:
                 return Judgement(Counts(reply.missed, reply.incorrect, reply.hallucinated, len(texts)), None)
         raise Unanswered(
-            f"{self.name} gave {1 + RETRIES + COUNT_RETRIES} replies that cannot be read. Choose a larger model, or one "
-            "that holds to JSON."
+            f"{self.name} gave {1 + RETRIES + COUNT_RETRIES} replies that cannot be read. Choose a larger model, or "
+            "one that holds to JSON."
         )
 
     def taken(self, reply: Reply, events: Sequence[str]) -> Judgement | None:
