@@ -280,9 +280,11 @@ def caption_whole(captioner: Captioner, path: Path, task: Task, batch_size: int)
 
 
 def captions_wanted(captioner: Captioner, path: Path, task: Task) -> int | None:
-    """How many captions the intervals of a file will have; None where that is not known."""
+    """How many captions the intervals of a file will have; None where there are none, or it is not known."""
+    if task.every_s is None:
+        return None
     try:
-        return task.n_samples * len(captioner.parts(path, task.every_s or 1.0, task.start_s, task.end_s, task.use))
+        return task.n_samples * len(captioner.parts(path, task.every_s, task.start_s, task.end_s, task.use))
     except KokaneeError:
         return None
 

@@ -1,0 +1,105 @@
+"""What captioners said, read from their files: Kokanee's records, or the published result format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from kokanee.errors import KokaneeError
+from kokanee.outputs import read_records
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One caption of a file, or of its part from `start_s` to `end_s` (seconds; None and None: the whole).
+
+    text "": there is no caption, for `reason`. finished False: it was cut off before its end. sample: which of several.
+    """
+
+    file: str
+    text: str
+    start_s: float | None = None
+    end_s: float | None = None
+    sample: int = 0
+    finished: bool = True
+    reason: str = ""
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """All captions of a file, and an empty one for each file or interval that has none.
+
+    Reads the JSON lines of `kokanee caption`, and the list of the published evaluator: `[{"id": ["0.mp4"], "pred":
+    "..."}, ...]`. Raises `KokaneeError` for anything else.
+    """
+    if not path.is_file():
+        raise KokaneeError(f"{path} is not there. Give a file of captions.")
+    if path.suffix != ".json":
+        return [made for record in read_records(path).values() for made in of_record(record)]
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise KokaneeError(f"{path} is not JSON ({error}). Give a file of captions.") from error
+    if isinstance(found, dict) and "file" in found and ("captions" in found or "error" in found):
+        return of_record(found)
+    if not isinstance(found, list):
+        raise KokaneeError(f"{path} holds neither a record of captions nor a list of them. Give a file of captions.")
+    return [of_published(item, f"{path}, item {number}") for number, item in enumerate(found)]
+
+
+def of_record(record: dict[str, Any]) -> list[Prediction]:
+    """The captions of one file's record."""
+    file, reason = record["file"], record.get("error", "")
+    if "captions" not in record:
+        return [Prediction(file, "", reason=reason)]
+    by_interval = record["settings"].get("every_s") is not None
+    cut = by_interval or any(record["settings"].get(name) is not None for name in ("start_s", "end_s"))
+    made = [
+        Prediction(
+            file,
+            caption["text"],
+            caption["start_s"] if cut else None,
+            caption["end_s"] if cut else None,
+            caption["sample"],
+            caption["finished"],
+        )
+        for caption in record["captions"]
+    ]
+    failed = record.get("failed", ())
+    return made + [Prediction(file, "", part["start_s"], part["end_s"], reason=part["error"]) for part in failed]
+
+
+def of_published(item: Any, where: str) -> Prediction:
+    """One item of the published result format; its id is a file's name, alone or in a list."""
+    name = item.get("id") if isinstance(item, dict) else None
+    name = name[0] if isinstance(name, list) and len(name) == 1 else name
+    if not isinstance(name, str) or not isinstance(item.get("pred"), str):
+        raise KokaneeError(f'{where} is no caption. It must be like {{"id": ["0.mp4"], "pred": "A dog runs."}}.')
+    return Prediction(name, item["pred"], finished=bool(item.get("finished", True)))
+
+
+def same_file(name: str, others: Sequence[str]) -> str | None:
+    """Which of `others` a file's name means: the one that shares most of its path's end, None where none does.
+
+    So "0.mp4", "video/0.mp4" and "/data/video/0.mp4" are the same file where there is only one 0.mp4. Raises
+    `KokaneeError` where several fit equally well.
+    """
+    wanted = PurePosixPath(name).parts[::-1]
+
+    def shared(other: str) -> int:
+        count = 0
+        for one, two in zip(wanted, PurePosixPath(other).parts[::-1], strict=False):
+            if one != two:
+                break
+            count += 1
+        return count
+
+    best = max(map(shared, others), default=0)
+    fitting = [other for other in others if shared(other) == best] if best else []
+    if len(fitting) > 1:
+        raise KokaneeError(
+            f"{name} may be {fitting[0]} or {fitting[1]}. Name files so that their paths tell them apart."
+        )
+    return fitting[0] if fitting else None

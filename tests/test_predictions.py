@@ -1,0 +1,74 @@
+"""Laws of predictions: both formats say the same, nothing that failed is left out, names mean one file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kokanee.errors import KokaneeError
+from kokanee.formats import append_jsonl
+from kokanee.outputs import caption_record, error_record
+from kokanee.predictions import Prediction, read_predictions, same_file
+
+
+def caption(text: str, start_s: float = 0.0, end_s: float = 5.0, sample: int = 0, finished: bool = True):
+    made = {"text": text, "start_s": start_s, "end_s": end_s, "sample": sample, "seed": None, "finished": finished}
+    return type("Made", (), {**made, "notes": ()})()
+
+
+def record(name: str, *captions, **settings):
+    return caption_record(
+        Path(name), "nano", "What?", {"start_s": None, "end_s": None, "every_s": None, **settings}, captions
+    )
+
+
+def test_records_and_the_published_format_say_the_same(tmp_path):
+    append_jsonl(tmp_path / "a.jsonl", [record("0.mp4", caption("A dog.")), record("1.mp4", caption("A cat."))])
+    published = [{"id": ["0.mp4"], "pred": "A dog."}, {"id": "1.mp4", "pred": "A cat."}]
+    (tmp_path / "b.json").write_text(json.dumps(published))
+    assert read_predictions(tmp_path / "a.jsonl") == read_predictions(tmp_path / "b.json")
+    assert read_predictions(tmp_path / "b.json") == [Prediction("0.mp4", "A dog."), Prediction("1.mp4", "A cat.")]
+
+
+def test_intervals_and_samples_are_told_apart_and_what_was_cut_off_is_known(tmp_path):
+    made = [caption("a", 0, 2, 0), caption("b", 0, 2, 1, finished=False), caption("c", 2, 4, 0)]
+    append_jsonl(tmp_path / "a.jsonl", [record("0.mp4", *made, every_s=2.0)])
+    found = read_predictions(tmp_path / "a.jsonl")
+    assert [(p.start_s, p.end_s, p.sample, p.finished) for p in found] == [
+        (0, 2, 0, True),
+        (0, 2, 1, False),
+        (2, 4, 0, True),
+    ]
+
+
+def test_a_file_or_an_interval_that_failed_is_an_empty_caption_with_its_reason(tmp_path):
+    failed = [{"start_s": 2, "end_s": 4, "error": "damaged"}]
+    half = record("0.mp4", caption("a", 0, 2), every_s=2.0) | {"error": "1 interval", "failed": failed}
+    append_jsonl(tmp_path / "a.jsonl", [half, error_record(Path("1.mp4"), "no video")])
+    found = read_predictions(tmp_path / "a.jsonl")
+    assert found[1:] == [
+        Prediction("0.mp4", "", 2, 4, reason="damaged"),
+        Prediction("1.mp4", "", reason="no video"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "3", "{}", '[{"id": ["a", "b"], "pred": "x"}]', '[{"pred": "x"}]', "[3]", '[{"id": "a"}]']
+)
+def test_anything_else_is_refused(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(KokaneeError):
+        read_predictions(tmp_path / "a.json")
+    with pytest.raises(KokaneeError, match="is not there"):
+        read_predictions(tmp_path / "b.json")
+
+
+def test_a_name_means_the_file_whose_path_ends_alike():
+    files = ["video/0.mp4", "video/1.mp4", "old/1.mp4"]
+    assert same_file("0.mp4", files) == same_file("/data/video/0.mp4", files) == "video/0.mp4"
+    assert same_file("/x/old/1.mp4", files) == "old/1.mp4"
+    assert same_file("2.mp4", files) is None and same_file("10.mp4", files) is None
+    with pytest.raises(KokaneeError, match=r"1\.mp4 may be video/1\.mp4 or old/1\.mp4"):
+        same_file("1.mp4", files)
