@@ -46,9 +46,9 @@ def test_a_flash_and_a_click_stay_together(tmp_path: Path) -> None:
 
 
 def test_the_same_arguments_give_the_same_bytes(tmp_path: Path) -> None:
-    first = write_clip(tmp_path / "first.mp4", moving_frames(20), 12.5, tones(1.6)[0])
-    second = write_clip(tmp_path / "second.mp4", iter(moving_frames(20)), 12.5, tones(1.6)[0])
-    assert first.read_bytes() == second.read_bytes()
+    frames, sound = moving_frames(20), tones(1.6)[0]
+    written = {write_clip(tmp_path / "clip.mp4", iter(frames), 12.5, sound).read_bytes() for _ in range(12)}
+    assert len(written) == 1
 
 
 def test_folders_are_made(tmp_path: Path) -> None:

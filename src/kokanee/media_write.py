@@ -74,7 +74,9 @@ def _video_stream(
         raise KokaneeError(
             f"Cannot write frames of shape {shape}: H.264 in yuv420p holds H,W,3 with even H and W. Crop or pad them."
         )
-    options = {"crf": f"{crf:g}", "preset": preset, "x264-params": f"keyint={keyframe_every}:threads=1"}
+    # x264's macroblock tree gives now these bytes, now others, for the same pictures (docs/log.md).
+    params = f"keyint={keyframe_every}:threads=1:mbtree=0"
+    options = {"crf": f"{crf:g}", "preset": preset, "x264-params": params}
     stream = container.add_stream("libx264", rate=rate, options=options)
     stream.height, stream.width = shape[0], shape[1]
     stream.pix_fmt = "yuv420p"
