@@ -92,8 +92,8 @@ class Rates:
 def rates(counts: Iterable[Counts]) -> Rates:
     """Micro-averaged rates; all 0 where there are no events."""
     total = sum(counts, Counts(0, 0, 0, 0))
-    share = 100.0 / max(1, total.n_events)
-    return Rates(share * total.missed, share * total.incorrect, share * total.hallucinated)
+    found = (total.missed, total.incorrect, total.hallucinated)
+    return Rates(*(100.0 * count / max(1, total.n_events) for count in found))
 
 
 def by_kind(judged: Iterable[tuple[Sequence[AtomicEvent], Verdict]]) -> dict[str, Counts]:

@@ -1,0 +1,217 @@
+"""Predictions and ground truth, by a judge -> scores of a captioner: global, by interval, by kind, video by video.
+
+A file or interval without a caption misses all its events: it stays in the denominator, and so does a caption that the
+judge could not be brought to judge. `as_published` leaves both out, as the published evaluator does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
+
+from kokanee.endpoint import BudgetSpent, each
+from kokanee.errors import KokaneeError
+from kokanee.events import Counts, Rates, Verdict, by_kind, interval, rates, repetition_rate
+from kokanee.ground_truth import GroundTruth, Truth
+from kokanee.judges import Judgement, LanguageModelJudge, judged
+from kokanee.predictions import Prediction, same_file
+from kokanee.protocol import median_run
+from kokanee.world.score import judge as judge_exactly
+
+MEASURES: dict[str, Callable[[Rates], float]] = {
+    "missed": lambda r: r.missed,
+    "incorrect": lambda r: r.incorrect,
+    "hallucinated": lambda r: r.hallucinated,
+    "hall": lambda r: r.hall,
+    "total": lambda r: r.total,
+}
+
+
+class Judge(Protocol):
+    """What scoring asks of a judge. `concurrency`: how many captions it may be asked about at a time."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def concurrency(self) -> int: ...
+    async def judge(self, truth: Truth, prediction: Prediction, run: int) -> Judgement: ...
+
+
+class ExactJudge:
+    """The world's parser. Raises `KokaneeError` for clips that are not of the world."""
+
+    name, concurrency = "exact", 1
+
+    async def judge(self, truth: Truth, prediction: Prediction, run: int) -> Judgement:
+        if truth.facts is None:
+            raise KokaneeError(
+                f"The exact judge reads captions of the world only, and {truth.file} is not of it. "
+                "Give a samples.jsonl of `kokanee world make` as events, or another judge."
+            )
+        return judged(judge_exactly(truth.facts, prediction.text))
+
+
+class ModelJudge:
+    """A language model, asked about `truth` and `prediction`."""
+
+    def __init__(self, model: LanguageModelJudge) -> None:
+        self.model, self.name, self.concurrency = model, model.name, model.asker.endpoint.concurrency
+
+    async def judge(self, truth: Truth, prediction: Prediction, run: int) -> Judgement:
+        return await self.model.judge(truth.events, prediction.text, run, prediction.finished)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A caption with what it is held against, and its judgement in each run (None: the judge gave none)."""
+
+    prediction: Prediction
+    truth: Truth
+    judgements: list[Judgement | None] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of one captioner on whole files (`global`) or on intervals (`local`), in per cent of events."""
+
+    items: list[Item]
+    rates: Rates
+    intervals: dict[str, tuple[float, float]]
+    runs: list[Rates]
+    median_run: int
+    kinds: dict[str, Counts]
+    repetition: float
+    words: float
+    unjudged: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For scores.json: all numbers, and every caption with its verdict in the median run."""
+        measures = {name: of(self.rates) for name, of in MEASURES.items()}
+        return {
+            "captions": len(self.items),
+            "events": sum(len(item.truth.events) for item in self.items),
+            "rates": measures,
+            "intervals": self.intervals,
+            "runs": [{name: of(run) for name, of in MEASURES.items()} for run in self.runs],
+            "median_run": self.median_run,
+            "kinds": {kind: asdict(counts) for kind, counts in sorted(self.kinds.items())},
+            "repetition": self.repetition,
+            "words": self.words,
+            "unjudged": self.unjudged,
+            "videos": [video_of(item, self.median_run) for item in self.items],
+        }
+
+
+def matched(
+    predictions: Sequence[Prediction], truth: GroundTruth, as_published: bool = False
+) -> tuple[list[Item], list[Item], list[Prediction]]:
+    """Global and local items, and the predictions of which nothing is known.
+
+    A file of the ground truth without any prediction gets an empty one, unless `as_published`. Raises `KokaneeError`
+    where no prediction belongs to the ground truth.
+    """
+    pairs = [(prediction, truth.of(prediction)) for prediction in predictions]
+    unknown = [prediction for prediction, found in pairs if found is None]
+    items = [Item(prediction, found) for prediction, found in pairs if found is not None]
+    if not items:
+        raise KokaneeError(
+            "None of the captions belongs to a file of the ground truth. Check that both are of the same."
+        )
+    if as_published:
+        items = [item for item in items if item.prediction.text]
+    whole = [item for item in items if item.prediction.start_s is None]
+    parts = [item for item in items if item.prediction.start_s is not None]
+    if whole and not as_published:
+        told = {same_file(item.prediction.file, truth.files) for item in whole}
+        silent = [found for found in truth.truths if found.start_s is None and found.file not in told]
+        whole += [Item(Prediction(found.file, "", reason="no caption"), found) for found in silent]
+    return whole, parts, unknown
+
+
+def judge_all(
+    items: Sequence[Item], judge: Judge, runs: int = 1, on_judged: Callable[[int], None] | None = None
+) -> list[Item]:
+    """The items with their judgements in `runs` runs. Raises `BudgetSpent`, and what is wrong with the question.
+
+    `on_judged` is told the number of judgements after each.
+    """
+    found: dict[tuple[int, int], Judgement | None] = {}
+
+    async def work(job: tuple[int, int]) -> Judgement:
+        item = items[job[0]]
+        return await judge.judge(item.truth, item.prediction, job[1])
+
+    async def run() -> None:
+        jobs = [(number, seed) for seed in range(runs) for number in range(len(items))]
+        async for job, result in each(jobs, work, judge.concurrency):
+            if isinstance(result, KokaneeError):
+                if isinstance(result, BudgetSpent) or type(result) is KokaneeError:
+                    raise result
+                found[job] = None
+            else:
+                found[job] = result
+            if on_judged is not None:
+                on_judged(len(found))
+
+    asyncio.run(run())
+    return [
+        replace(item, judgements=[found[number, seed] for seed in range(runs)]) for number, item in enumerate(items)
+    ]
+
+
+def scores(items: Sequence[Item], as_published: bool = False) -> Scores:
+    """The scores of judged items: those of the median run, with confidence intervals over files."""
+    runs = len(items[0].judgements) if items else 0
+    by_run = [[counts_of(item, run, as_published) for item in items] for run in range(runs)]
+    rated = [rates(counts) for counts in by_run]
+    middle = median_run(rated) if rated else 0
+    by_file: dict[str, Counts] = {}
+    for item, counts in zip(items, by_run[middle] if by_run else [], strict=True):
+        by_file[item.truth.file] = by_file.get(item.truth.file, Counts(0, 0, 0, 0)) + counts
+    verdicts = [(item.truth.events, verdict_of(item, middle)) for item in items]
+    texts = [item.prediction.text for item in items]
+    return Scores(
+        list(items),
+        rated[middle] if rated else rates([]),
+        {name: interval(list(by_file.values()), of) for name, of in MEASURES.items()},
+        rated,
+        middle,
+        by_kind((events, verdict) for events, verdict in verdicts if verdict is not None),
+        100.0 * sum(map(repetition_rate, texts)) / max(1, len(texts)),
+        sum(len(text.split()) for text in texts) / max(1, len(texts)),
+        sum(judgement is None for item in items for judgement in item.judgements),
+    )
+
+
+def counts_of(item: Item, run: int, as_published: bool) -> Counts:
+    """What an item counts for in a run."""
+    judgement, n_events = item.judgements[run], len(item.truth.events)
+    if judgement is not None:
+        return judgement.counts
+    return Counts(0, 0, 0, 0) if as_published else Counts(n_events, 0, 0, n_events)
+
+
+def verdict_of(item: Item, run: int) -> Verdict | None:
+    """Which events an item gets wrong in a run, None where only their numbers are known, or nothing."""
+    judgement = item.judgements[run] if item.judgements else None
+    return None if judgement is None else judgement.verdict
+
+
+def video_of(item: Item, run: int) -> dict[str, Any]:
+    """One caption in scores.json."""
+    prediction, verdict = item.prediction, verdict_of(item, run)
+    judgement = item.judgements[run]
+    return {
+        "file": item.truth.file,
+        "start_s": prediction.start_s,
+        "end_s": prediction.end_s,
+        "sample": prediction.sample,
+        "caption": prediction.text,
+        "reason": prediction.reason,
+        "counts": None if judgement is None else asdict(judgement.counts),
+        "missed": None if verdict is None else list(verdict.missed),
+        "incorrect": None if verdict is None else [asdict(wrong) for wrong in verdict.incorrect],
+        "hallucinated": None if verdict is None else list(verdict.hallucinated),
+    }
