@@ -139,6 +139,9 @@ def test_a_judgement_of_numbers_alone_counts(truth):
             await asyncio.sleep(0)
             return Judgement(Counts(1, 0, 0, len(truth.events)), None)
 
+        async def close(self):
+            pass
+
     items, _, _ = matched([Prediction("00000.mp4", "x")], truth, as_published=True)
     found = scores(judge_all(items, Numbers(), 2))
     assert found.rates.missed == pytest.approx(100 / len(items[0].truth.events)) and found.kinds == {}

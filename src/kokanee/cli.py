@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 import kokanee
 from kokanee.cli_caption import caption
+from kokanee.cli_score import score
 from kokanee.cli_train import train, world
 from kokanee.errors import KokaneeError
 
@@ -81,6 +82,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(caption)
+app.command()(score)
 app.command()(train)
 app.add_typer(world, name="world")
 

@@ -98,7 +98,7 @@ class Replies:
 
 
 class Asker:
-    """Asks an endpoint. Used as an async context manager, which closes the connections."""
+    """Asks an endpoint, within one event loop at a time. As an async context manager it closes its connections."""
 
     def __init__(self, endpoint: Endpoint, replies: Path | None = None) -> None:
         self.endpoint, self.replies = endpoint, Replies(replies)
@@ -106,14 +106,27 @@ class Asker:
         self.schemas = True
         self._spent = self.replies.tokens
         self._waiting: dict[str, asyncio.Future[str]] = {}
-        key = os.environ.get(endpoint.key_name) or "none"
-        self._client = AsyncOpenAI(api_key=key, base_url=endpoint.base_url, timeout=endpoint.timeout_s, max_retries=0)
+        self._client: AsyncOpenAI | None = None
 
     async def __aenter__(self) -> Asker:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        await self._client.close()
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections, which belong to the running event loop. Asking again opens others."""
+        if self._client is not None:
+            client, self._client = self._client, None
+            await client.close()
+
+    @property
+    def client(self) -> AsyncOpenAI:
+        """The connections to the server."""
+        if self._client is None:
+            key, end = os.environ.get(self.endpoint.key_name) or "none", self.endpoint
+            self._client = AsyncOpenAI(api_key=key, base_url=end.base_url, timeout=end.timeout_s, max_retries=0)
+        return self._client
 
     async def ask(
         self, messages: list[Message], seed: int = 0, attempt: int = 0, schema: dict[str, Any] | None = None
@@ -177,7 +190,7 @@ class Asker:
                 "json_schema": {"name": "reply", "strict": True, "schema": schema},
             }
         self.asked += 1
-        create: Any = self._client.chat.completions.create
+        create: Any = self.client.chat.completions.create
         done = await create(
             model=end.model,
             messages=messages,

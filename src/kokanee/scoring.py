@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
-from kokanee.endpoint import BudgetSpent, each
+from kokanee.endpoint import BudgetSpent, Unanswered, each
 from kokanee.errors import KokaneeError
 from kokanee.events import Counts, Rates, Verdict, by_kind, interval, rates, repetition_rate
 from kokanee.ground_truth import GroundTruth, Truth
@@ -37,6 +37,7 @@ class Judge(Protocol):
     @property
     def concurrency(self) -> int: ...
     async def judge(self, truth: Truth, prediction: Prediction, run: int) -> Judgement: ...
+    async def close(self) -> None: ...
 
 
 class ExactJudge:
@@ -52,6 +53,9 @@ class ExactJudge:
             )
         return judged(judge_exactly(truth.facts, prediction.text))
 
+    async def close(self) -> None:
+        pass
+
 
 class ModelJudge:
     """A language model, asked about `truth` and `prediction`."""
@@ -61,6 +65,9 @@ class ModelJudge:
 
     async def judge(self, truth: Truth, prediction: Prediction, run: int) -> Judgement:
         return await self.model.judge(truth.events, prediction.text, run, prediction.finished)
+
+    async def close(self) -> None:
+        await self.model.asker.close()
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,7 @@ def judge_all(
     `on_judged` is told the number of judgements after each.
     """
     found: dict[tuple[int, int], Judgement | None] = {}
+    spent: list[BudgetSpent] = []
 
     async def work(job: tuple[int, int]) -> Judgement:
         item = items[job[0]]
@@ -145,15 +153,20 @@ def judge_all(
 
     async def run() -> None:
         jobs = [(number, seed) for seed in range(runs) for number in range(len(items))]
-        async for job, result in each(jobs, work, judge.concurrency):
-            if isinstance(result, KokaneeError):
-                if isinstance(result, BudgetSpent) or type(result) is KokaneeError:
+        try:
+            async for job, result in each(jobs, work, judge.concurrency):
+                if isinstance(result, BudgetSpent):
+                    spent.append(result)  # what is under way is still finished
+                    continue
+                if isinstance(result, KokaneeError) and not isinstance(result, Unanswered):
                     raise result
-                found[job] = None
-            else:
-                found[job] = result
-            if on_judged is not None:
-                on_judged(len(found))
+                found[job] = None if isinstance(result, Unanswered) else result
+                if on_judged is not None:
+                    on_judged(len(found))
+        finally:
+            await judge.close()
+        if spent:
+            raise spent[0]
 
     asyncio.run(run())
     return [

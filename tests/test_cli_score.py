@@ -1,0 +1,80 @@
+"""Laws of `kokanee score`: the table and scores.json say the same, and a second call asks nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kokanee.cli import app
+from kokanee.formats import append_jsonl, write_json
+from kokanee.world.make import MakeSettings, record
+from kokanee.world.scene import sample_scene
+from model_server import serving
+
+
+def kk(*words, code=0):
+    result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "1000", "NO_COLOR": "1"})
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+@pytest.fixture
+def world(tmp_path) -> Path:
+    samples = [record(sample_scene("test", i), i, MakeSettings(0, "test"), f"{i:05d}.mp4") for i in range(6)]
+    append_jsonl(tmp_path / "samples.jsonl", samples)
+    for name, text in (("right", "caption_exact"), ("people", "captions_annotated")):
+        said = [sample[text] if isinstance(sample[text], str) else sample[text][0] for sample in samples]
+        items = [{"id": [sample["file"]], "pred": caption} for sample, caption in zip(samples, said, strict=True)]
+        write_json(tmp_path / f"{name}.json", items)
+    return tmp_path
+
+
+def test_captioners_stand_side_by_side_in_the_table_and_in_scores_json(world):
+    words = (world / "right.json", world / "people.json", "--events", world / "samples.jsonl", "--out", world / "s")
+    head, _, *rows = kk("score", *words).stdout.splitlines()
+    told = json.loads((world / "s" / "scores.json").read_text())
+    assert [system["name"] for system in told["systems"]] == ["right", "people"] and told["judge"] == "exact"
+    assert told["systems"][0]["global"]["rates"]["total"] == 0.0
+    people = told["systems"][1]["global"]
+    assert rows[0].startswith("| right | global | 6 | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 (0.0 to 0.0) |")
+    assert f"| {people['rates']['missed']:.1f} |" in rows[1] and people["rates"]["missed"] > 10
+    assert len(rows) == 2 and all(row.count("|") == head.count("|") for row in rows)
+
+
+def test_a_model_is_asked_once_and_what_it_did_not_judge_is_told(world):
+    lists = {"Missed Event": [], "Incorrect Event": [], "Hallucination Event": ["a cat"]}
+    good, given = json.dumps({"Missed": 0, "Incorrect": 0, "Hallucination": 1, **lists}), []
+    with serving(lambda request: given.append(request) or good) as (_, url):
+        both = (world / "people.json", world / "right.json", "-e", world / "samples.jsonl", "-j", "openai:m")
+        assert len(kk("score", *both, "--base-url", url, "--runs", 1, "-o", world / "both").stdout.splitlines()) == 4
+        assert len(given) == 12
+        given.clear()
+        words = (world / "people.json", "-e", world / "samples.jsonl", "-o", world / "s", "-j", "openai:m")
+        first = kk("score", *words, "--base-url", url, "--runs", 2).stdout
+        assert len(given) == 12 and kk("score", *words, "--base-url", url, "--runs", 2).stdout == first
+        assert len(given) == 12
+    told = json.loads((world / "s" / "scores.json").read_text())
+    assert told["judge"] == "openai:m" and len(told["systems"][0]["global"]["runs"]) == 2
+    with serving(lambda request: "I cannot") as (_, url):
+        found = kk("score", *words[:-3], world / "other", "-j", "openai:m", "--base-url", url, "--runs", 1, code=1)
+    assert "6 judgements failed" in found.stderr and (world / "other" / "scores.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "reason"),
+    [
+        (["{w}/right.json", "-e", "{w}/no.jsonl"], 1, "no.jsonl is not there"),
+        (["{w}/no.json", "-e", "{w}/samples.jsonl"], 1, "no.json is not there"),
+        (["{w}/right.json", "-e", "{w}/samples.jsonl", "-j", "human"], 2, "is no judge"),
+        (["{w}/right.json", "-e", "{w}/published.json"], 1, "None of the captions belongs"),
+        (["{w}/right.json", "-e", "{w}/known.json"], 1, "of the world only"),
+    ],
+)
+def test_mistakes_are_one_message(world, words, code, reason):
+    write_json(world / "published.json", [{"video": "video/0.mp4", "events": ["A dog runs"]}])
+    write_json(world / "known.json", [{"video": "video/00000.mp4", "events": ["A dog runs"]}])
+    found = kk("score", *(word.format(w=world) for word in words), "--out", world / "s", code=code)
+    assert reason in found.stderr and not (world / "s" / "scores.json").exists()
