@@ -33,7 +33,8 @@ def world(tmp_path) -> Path:
 
 
 def test_captioners_stand_side_by_side_in_the_table_and_in_scores_json(world):
-    words = (world / "right.json", world / "people.json", "--events", world / "samples.jsonl", "--out", world / "s")
+    twice = world / "right.json", world / "people.json", world / "right.json"
+    words = (*twice, "--events", world / "samples.jsonl", "--out", world / "s")
     head, _, *rows = kk("score", *words).stdout.splitlines()
     told = json.loads((world / "s" / "scores.json").read_text())
     assert [system["name"] for system in told["systems"]] == ["right", "people"] and told["judge"] == "exact"

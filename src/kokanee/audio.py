@@ -21,6 +21,7 @@ from kokanee.errors import KokaneeError
 
 STATES_PER_S = 50
 MEL_FRAMES_PER_S = 100
+CHUNKS_AT_ONCE = 16  # 8 minutes of sound: the states of all chunks of a film would not fit into memory
 
 
 def window_states(seconds: float, what: str) -> int:
@@ -43,9 +44,6 @@ def tokens_per_chunk(n_states: int, window_s: float, stride_s: float, n_queries:
             "Give a shorter window, or a larger max_source_positions."
         )
     return ((n_states - window) // stride + 1) * n_queries
-
-
-CHUNKS_AT_ONCE = 16  # 8 minutes of sound: the states of all chunks of a film would not fit into memory
 
 
 class AudioBranch(nn.Module):

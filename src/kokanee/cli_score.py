@@ -52,6 +52,7 @@ def score(
     from kokanee.scoring import matched
 
     truth = read_ground_truth(events)
+    predictions = list(dict.fromkeys(predictions))
     matching = {path: matched(read_predictions(path), truth, as_published) for path in predictions}
     by, runs = chosen(judge, base_url, concurrency, budget_tokens, out / REPLIES, as_published, runs)
     systems, lines = [], [HEAD, "|---" * (HEAD.count("|") - 1) + "|"]
@@ -73,7 +74,10 @@ def score(
     typer.echo("\n".join(lines))
     lost = sum(made.get(scope, {}).get("unjudged", 0) for made in systems for scope in ("global", "local"))
     if lost:
-        raise KokaneeError(f"{lost} judgements failed and count as all missed. Call again: only these are asked for.")
+        raise KokaneeError(
+            f"{lost} judgements failed and count as all missed. Where the server gave no reply, the same command asks "
+            "again; replies that cannot be read are kept: choose another model for these."
+        )
 
 
 def chosen(
