@@ -47,8 +47,8 @@ class Server:
         return behaviour(self, request) if behaviour else (200, completion(self.answer(request)), {})
 
 
-def status(code: int, **headers: str) -> Behaviour:
-    body = json.dumps({"error": {"message": f"trouble {code}"}}).encode()
+def status(code: int, message: str = "trouble", **headers: str) -> Behaviour:
+    body = json.dumps({"error": {"message": f"{message} {code}"}}).encode()
     return lambda server, request: (code, body, {name.replace("_", "-"): value for name, value in headers.items()})
 
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from kokanee.endpoint import Asker, BudgetSpent, Endpoint, Replies, Unanswered, each, retry_after_s
+from kokanee.endpoint import Asker, BudgetSpent, Endpoint, Replies, Unanswered, each, proxy_of, retry_after_s
 from kokanee.errors import KokaneeError
 from model_server import completion, garbage, half, late, serving, silence, status
 
@@ -99,7 +99,7 @@ def test_a_refusal_is_not_asked_again(served, code):
 
 def test_a_server_that_is_not_there_is_told():
     (error,), _ = ask(endpoint("http://127.0.0.1:9/v1", attempts=2), ["a"])
-    assert isinstance(error, Unanswered) and "Connection error" in str(error)
+    assert isinstance(error, Unanswered) and "Cannot connect" in str(error)
 
 
 def test_a_server_that_dies_in_the_middle_loses_nothing_that_was_said(tmp_path):
@@ -168,6 +168,25 @@ def test_a_schema_is_sent_and_left_out_where_the_server_knows_none(served):
     assert ["response_format" in request for request in server.requests] == [True, False, False]
 
 
+def test_the_limit_of_length_goes_by_the_name_that_the_server_wants(served):
+    server, url = served
+    server.trouble = [status(400, message="use 'max_completion_tokens' instead")]
+    (found,), _ = ask(endpoint(url, max_tokens=77), ["a"])
+    assert found == "you said: a" and server.requests[-1]["max_completion_tokens"] == 77
+    assert "max_tokens" not in server.requests[-1]
+
+
+def test_a_proxy_of_the_environment_is_used(served, monkeypatch):
+    server, url = served
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", url.removesuffix("/v1"))
+    (found,), _ = ask(endpoint("http://judge.example/v1"), ["a"])
+    assert found == "you said: a"
+    monkeypatch.setenv("no_proxy", "judge.example")
+    assert proxy_of("http://judge.example/v1") is None
+
+
 def test_a_bad_request_without_a_schema_is_refused(served):
     server, url = served
     server.trouble = [status(400)] * 5
@@ -192,8 +211,7 @@ def test_openai_itself_needs_a_key(monkeypatch):
 @pytest.mark.parametrize(("text", "seconds"), [("3", 3.0), ("soon", 0.0), ("1e9", 60.0), (None, 0.0)])
 def test_the_time_to_wait_is_read_where_it_is_a_number(text, seconds):
     headers = {} if text is None else {"retry-after": text}
-    error = type("Error", (), {"response": type("Response", (), {"headers": headers})})()
-    assert retry_after_s(error) == seconds
+    assert retry_after_s(headers) == seconds
 
 
 def test_replies_are_one_line_of_json_each(served, tmp_path):

@@ -12,25 +12,23 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-from openai import (
-    APIConnectionError,
-    APIError,
-    APIResponseValidationError,
-    APIStatusError,
-    AsyncOpenAI,
-    BadRequestError,
-)
+import aiohttp
 
 from kokanee.errors import KokaneeError
-from kokanee.formats import append_jsonl, read_jsonl
+from kokanee.formats import UTF8, mend_end, read_jsonl
 
 LONGEST_WAIT_S = 60.0
+SYNCED_EVERY_S = 1.0
 BUSY = frozenset((408, 409, 425, 429))
+OPENAI = "https://api.openai.com/v1"
 Message = dict[str, Any]
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -42,6 +40,14 @@ class Unanswered(KokaneeError):
 
 class BudgetSpent(KokaneeError):
     """No question is asked any more: the budget is used up."""
+
+
+class Refused(Exception):
+    """A reply with a status other than 200: what the server said, and after how many seconds it wants to be asked."""
+
+    def __init__(self, status: int, text: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(f"status {status}: {text}")
+        self.status, self.text, self.retry_after_s = status, text, retry_after_s
 
 
 @dataclass(frozen=True)
@@ -73,14 +79,24 @@ class Endpoint:
         if self.base_url is None and not os.environ.get(self.key_name):
             raise KokaneeError(f"{self.key_name} is not set. Set it to your key, or name another server by --base-url.")
 
+    @property
+    def address(self) -> str:
+        return (self.base_url or OPENAI).rstrip("/")
+
 
 class Replies:
-    """Replies by the content of their questions, in a file of JSON lines that only grows (None: in memory)."""
+    """Replies by the content of their questions, in a file of JSON lines that only grows (None: in memory).
+
+    Each reply is handed to the operating system at once, so that a killed process loses none. It is seen onto the disk
+    once a second: waiting for the disk at every reply would take longer than asking.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         records = read_jsonl(path) if path is not None and path.is_file() else []
         self.known = {record["key"]: record for record in records}
+        self._file: TextIO | None = None
+        self._synced_s = 0.0
 
     def get(self, key: str) -> str | None:
         record = self.known.get(key)
@@ -88,8 +104,28 @@ class Replies:
 
     def put(self, key: str, reply: str, tokens: int) -> None:
         self.known[key] = record = {"key": key, "reply": reply, "tokens": tokens}
-        if self.path is not None:
-            append_jsonl(self.path, [record])
+        if self.path is None:
+            return
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            mend_end(self.path)
+            self._file = self.path.open("a", **UTF8)
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+        if time.monotonic() - self._synced_s > SYNCED_EVERY_S:
+            self._sync(self._file)
+
+    def _sync(self, file: TextIO) -> None:
+        if self.path is not None and self.path.is_file():
+            os.fsync(file.fileno())
+        self._synced_s = time.monotonic()
+
+    def close(self) -> None:
+        """See all replies onto the disk. Another `put` opens the file again."""
+        if self._file is not None:
+            with self._file as file:
+                self._sync(file)
+            self._file = None
 
     @property
     def tokens(self) -> int:
@@ -103,10 +139,10 @@ class Asker:
     def __init__(self, endpoint: Endpoint, replies: Path | None = None) -> None:
         self.endpoint, self.replies = endpoint, Replies(replies)
         self.asked = 0
-        self.schemas = True
+        self.schemas, self.limit = True, "max_tokens"
         self._spent = self.replies.tokens
         self._waiting: dict[str, asyncio.Future[str]] = {}
-        self._client: AsyncOpenAI | None = None
+        self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Asker:
         return self
@@ -115,18 +151,25 @@ class Asker:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connections, which belong to the running event loop. Asking again opens others."""
-        if self._client is not None:
-            client, self._client = self._client, None
-            await client.close()
+        """Close the connections, which belong to the running event loop, and the file. Asking again opens others."""
+        self.replies.close()
+        if self._session is not None:
+            session, self._session = self._session, None
+            await session.close()
 
     @property
-    def client(self) -> AsyncOpenAI:
-        """The connections to the server."""
-        if self._client is None:
-            key, end = os.environ.get(self.endpoint.key_name) or "none", self.endpoint
-            self._client = AsyncOpenAI(api_key=key, base_url=end.base_url, timeout=end.timeout_s, max_retries=0)
-        return self._client
+    def session(self) -> aiohttp.ClientSession:
+        """The connections to the server; as many as there are questions under way."""
+        if self._session is None:
+            key = os.environ.get(self.endpoint.key_name)
+            # aiohttp's own look at the environment (`trust_env`) costs 0.4 ms a request.
+            self._session = aiohttp.ClientSession(
+                headers={"authorization": f"Bearer {key}"} if key else {},
+                connector=aiohttp.TCPConnector(limit=0),
+                timeout=aiohttp.ClientTimeout(total=self.endpoint.timeout_s),
+                proxy=proxy_of(self.endpoint.address),
+            )
+        return self._session
 
     async def ask(
         self, messages: list[Message], seed: int = 0, attempt: int = 0, schema: dict[str, Any] | None = None
@@ -162,16 +205,15 @@ class Asker:
                 raise BudgetSpent(f"The budget of {budget} tokens is used up ({self._spent}). Raise it to go on.")
             try:
                 reply, tokens = await self._once(messages, seed, schema)
-            except BadRequestError as error:
-                if schema is None or not self.schemas:
-                    raise self._refused(error) from error
-                self.schemas = False  # a server that knows no schemas; what is asked says the form in words too
+            except Refused as error:
                 reason = said(error)
-            except APIStatusError as error:
-                if error.status_code < 500 and error.status_code not in BUSY:
+                if error.status in BUSY or error.status >= 500:
+                    wait_s = max(wait_s, error.retry_after_s)
+                elif not self.adapted(error, schema):
                     raise self._refused(error) from error
-                wait_s, reason = max(wait_s, retry_after_s(error)), said(error)
-            except (APIConnectionError, APIResponseValidationError, APIError, ValueError) as error:
+            except asyncio.TimeoutError:
+                reason = f"nothing for {self.endpoint.timeout_s:g} s"
+            except (aiohttp.ClientError, ValueError) as error:
                 reason = said(error)
             else:
                 if reply:
@@ -190,39 +232,81 @@ class Asker:
                 "json_schema": {"name": "reply", "strict": True, "schema": schema},
             }
         self.asked += 1
-        create: Any = self.client.chat.completions.create
-        done = await create(
-            model=end.model,
-            messages=messages,
-            temperature=end.temperature,
-            top_p=end.top_p,
-            max_tokens=end.max_tokens,
-            seed=seed,
+        asked = {
+            "model": end.model,
+            "messages": messages,
+            "temperature": end.temperature,
+            "top_p": end.top_p,
+            self.limit: end.max_tokens,
+            "seed": seed,
             **more,
-        )
-        if not getattr(done, "choices", None) or done.choices[0].message is None:
-            raise ValueError("a reply without a message")
-        tokens = done.usage.total_tokens if done.usage is not None else 0
-        return done.choices[0].message.content or "", tokens or 0
+        }
+        async with self.session.post(f"{end.address}/chat/completions", json=asked) as reply:
+            if reply.status != 200:
+                raise Refused(reply.status, error_text(await reply.text()), retry_after_s(reply.headers))
+            return read_completion(json.loads(await reply.read()))
 
-    def _refused(self, error: APIStatusError) -> KokaneeError:
+    def adapted(self, error: Refused, schema: dict[str, Any] | None) -> bool:
+        """Whether the next question will be put in another form that means the same, as the server wants it.
+
+        Servers may know no schemas (what is asked says the form in words too), and newer models of OpenAI want the
+        limit of a reply's length under another name.
+        """
+        if error.status not in (400, 422):
+            return False
+        if "max_completion_tokens" in error.text and self.limit == "max_tokens":
+            self.limit = "max_completion_tokens"
+            return True
+        if schema is not None and self.schemas:
+            self.schemas = False
+            return True
+        return False
+
+    def _refused(self, error: Refused) -> KokaneeError:
         where = self.endpoint.base_url or "OpenAI"
         return KokaneeError(
             f"{where} refuses {self.endpoint.model}: {said(error)}. Check the model's name, the address and the key."
         )
 
 
+def proxy_of(address: str) -> str | None:
+    """The proxy that the environment names for an address, None where there is none."""
+    parts = urlsplit(address)
+    return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
+
+
+def read_completion(reply: Any) -> tuple[str, int]:
+    """The text of a chat completion and the tokens that it cost. Raises `ValueError` for a reply that is none."""
+    try:
+        content = reply["choices"][0]["message"].get("content") or ""
+        tokens = (reply.get("usage") or {}).get("total_tokens") or 0
+    except (TypeError, KeyError, IndexError, AttributeError):
+        raise ValueError("a reply without a message") from None
+    if not isinstance(content, str) or not isinstance(tokens, int):
+        raise ValueError("a reply without a text")
+    return content, tokens
+
+
+def error_text(body: str) -> str:
+    """What a server says in a reply that is an error: its message, where it has one."""
+    try:
+        found = json.loads(body)
+        found = found.get("error", found)
+        return str(found.get("message", found))
+    except (ValueError, AttributeError):
+        return body
+
+
 def said(error: Exception) -> str:
     """What went wrong, in one short line."""
-    status = f"status {error.status_code}: " if isinstance(error, APIStatusError) else ""
     text = " ".join(str(error).split()) or type(error).__name__
-    return status + (text if len(text) < 200 else f"{text[:200]}...")
+    return text if len(text) < 200 else f"{text[:200]}..."
 
 
-def retry_after_s(error: APIStatusError) -> float:
+def retry_after_s(headers: Mapping[str, str]) -> float:
     """How long the server asks to wait, in seconds; 0 where it does not say."""
     try:
-        return min(float(error.response.headers.get("retry-after", 0)), LONGEST_WAIT_S)
+        return min(float(headers.get("retry-after", 0)), LONGEST_WAIT_S)
     except ValueError:
         return 0.0
 
@@ -234,26 +318,32 @@ async def each(
 
     After `BudgetSpent` no job is begun any more; those under way are finished.
     """
-    waiting, under_way = iter(jobs), set()
+    waiting, spent = iter(jobs), False
+    done: asyncio.Queue[tuple[Job, Result | KokaneeError] | asyncio.Future[None]] = asyncio.Queue()
 
-    async def one(job: Job) -> tuple[Job, Result | KokaneeError]:
-        try:
-            return job, await work(job)
-        except KokaneeError as error:
-            return job, error
-
-    spent = False
-    try:
-        while True:
-            while not spent and len(under_way) < concurrency and (job := next(waiting, under_way)) is not under_way:
-                under_way.add(asyncio.ensure_future(one(job)))  # pyright: ignore[reportArgumentType]
-            if not under_way:
+    async def worker() -> None:
+        nonlocal spent
+        for job in waiting:
+            try:
+                result = await work(job)
+            except KokaneeError as error:
+                result, spent = error, spent or isinstance(error, BudgetSpent)
+            done.put_nowait((job, result))
+            if spent:
                 return
-            done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                job, result = task.result()
-                spent = spent or isinstance(result, BudgetSpent)
-                yield job, result
+
+    workers = [asyncio.ensure_future(worker()) for _ in range(concurrency)]
+    for task in workers:
+        task.add_done_callback(done.put_nowait)
+    try:
+        at_work = len(workers)
+        while at_work:
+            found = await done.get()
+            if isinstance(found, asyncio.Future):
+                found.result()  # raises what no job may raise
+                at_work -= 1
+            else:
+                yield found
     finally:
-        for task in under_way:
+        for task in workers:
             task.cancel()
