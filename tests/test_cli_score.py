@@ -35,7 +35,8 @@ def world(tmp_path) -> Path:
 def test_captioners_stand_side_by_side_in_the_table_and_in_scores_json(world):
     twice = world / "right.json", world / "people.json", world / "right.json"
     words = (*twice, "--events", world / "samples.jsonl", "--out", world / "s")
-    head, _, *rows = kk("score", *words).stdout.splitlines()
+    table, by_kind = kk("score", *words).stdout.split("\n\n")
+    head, _, *rows = table.splitlines()
     told = json.loads((world / "s" / "scores.json").read_text())
     assert [system["name"] for system in told["systems"]] == ["right", "people"] and told["judge"] == "exact"
     assert told["systems"][0]["global"]["rates"]["total"] == 0.0
@@ -43,6 +44,9 @@ def test_captioners_stand_side_by_side_in_the_table_and_in_scores_json(world):
     assert rows[0].startswith("| right | global | 6 | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 (0.0 to 0.0) |")
     assert f"| {people['rates']['missed']:.1f} |" in rows[1] and people["rates"]["missed"] > 10
     assert len(rows) == 2 and all(row.count("|") == head.count("|") for row in rows)
+    assert "heard: Miss, Incorrect" in by_kind and len(by_kind.splitlines()) == 4
+    page = (world / "s" / "report.html").read_text()
+    assert f"{people['rates']['total']:.1f} %" in page and "<dd>exact</dd>" in page
 
 
 def test_a_model_is_asked_once_and_what_it_did_not_judge_is_told(world):
@@ -50,7 +54,7 @@ def test_a_model_is_asked_once_and_what_it_did_not_judge_is_told(world):
     good, given = json.dumps({"Missed": 0, "Incorrect": 0, "Hallucination": 1, **lists}), []
     with serving(lambda request: given.append(request) or good) as (_, url):
         both = (world / "people.json", world / "right.json", "-e", world / "samples.jsonl", "-j", "openai:m")
-        assert len(kk("score", *both, "--base-url", url, "--runs", 1, "-o", world / "both").stdout.splitlines()) == 4
+        kk("score", *both, "--base-url", url, "--runs", 1, "-o", world / "both")
         assert len(given) == 12
         given.clear()
         words = (world / "people.json", "-e", world / "samples.jsonl", "-o", world / "s", "-j", "openai:m")
@@ -62,6 +66,24 @@ def test_a_model_is_asked_once_and_what_it_did_not_judge_is_told(world):
     with serving(lambda request: "I cannot") as (_, url):
         found = kk("score", *words[:-3], world / "other", "-j", "openai:m", "--base-url", url, "--runs", 1, code=1)
     assert "6 judgements failed" in found.stderr and (world / "other" / "scores.json").is_file()
+    assert "6 judgements failed" in (world / "other" / "report.html").read_text()
+
+
+def test_agreement_of_a_model_with_the_exact_judge(world):
+    def careful(request):
+        asked = request["messages"][-1]["content"].split("\n\n<description>")[0]
+        events = [line.split(". ", 1)[1] for line in asked.splitlines()[1:]]
+        lists = {"Missed Event": events, "Incorrect Event": [], "Hallucination Event": []}
+        return json.dumps({"Missed": len(events), "Incorrect": 0, "Hallucination": 0, **lists})
+
+    out = world / "agreement"
+    with serving(careful) as (_, url):
+        words = ("agree", world / "people.json", "-e", world / "samples.jsonl", "-o", out, "-j", "openai:m")
+        table = kk(*words, "--base-url", url, "--captions", 4).stdout
+    told = json.loads((out / "agreement.json").read_text())
+    assert told["by_verdict"]["missed"]["yes_two"] == 1.0 and told["by_verdict"]["missed"]["kappa"] == 0.0
+    assert told["n_captions"] == told["n_lists"] == 4 and told["unknown"] == 0 and told["totals"][1] == 100.0
+    assert "rank correlation of the totals of 4 captions (Spearman): –" in table
 
 
 @pytest.mark.parametrize(

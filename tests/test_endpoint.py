@@ -177,7 +177,7 @@ def test_the_limit_of_length_goes_by_the_name_that_the_server_wants(served):
 
 
 def test_a_proxy_of_the_environment_is_used(served, monkeypatch):
-    server, url = served
+    _, url = served
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", url.removesuffix("/v1"))

@@ -1,42 +1,54 @@
-"""`kokanee score`: captions of one or more captioners, held against what is true, as a table and as scores.json."""
+"""`kokanee score`: captions of one or more captioners, held against what is true: table, scores.json, report.html."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kokanee.console import bar, say
 from kokanee.errors import KokaneeError
-from kokanee.formats import check_writable, write_json
+from kokanee.formats import check_writable, write_json, write_text
 
 if TYPE_CHECKING:
-    from kokanee.scoring import Judge, Scores
+    from kokanee.scoring import Item, Judge, Scores
 
 VERSION = 1
 REPLIES = "replies.jsonl"
 SCORES = "scores.json"
+REPORT = "report.html"
+AGREEMENT = "agreement.json"
 COLUMNS = ("missed", "incorrect", "hallucinated", "hall", "total")
 HEAD = "| captioner | | captions | Miss | Incorrect | Hallucinated | Hall | Total | repetition | words |"
+
+
+Events = Annotated[
+    Path, typer.Option("--events", "-e", help="What is true: events, samples.jsonl, or the published test set.")
+]
+JudgeName = Annotated[str, typer.Option("--judge", "-j", help="exact (clips of the world), or openai:MODEL.")]
+BaseUrl = Annotated[str | None, typer.Option(help="An OpenAI-compatible server; OpenAI, if left out.")]
+Concurrency = Annotated[int, typer.Option(min=1, help="Questions to a model at a time.")]
+BudgetTokens = Annotated[int | None, typer.Option(min=1, help="Stop when a model has used so many.")]
 
 
 def score(
     predictions: Annotated[
         list[Path], typer.Argument(help="Captions: files of `kokanee caption --out`, or the published result format.")
     ],
-    events: Annotated[
-        Path, typer.Option("--events", "-e", help="What is true: events, samples.jsonl, or the published test set.")
+    events: Events,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for scores.json, report.html and a model's replies.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for scores.json and a model's replies.")],
-    judge: Annotated[str, typer.Option("--judge", "-j", help="exact (clips of the world), or openai:MODEL.")] = "exact",
-    base_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server; OpenAI, if left out.")] = None,
+    judge: JudgeName = "exact",
+    base_url: BaseUrl = None,
     runs: Annotated[
         int | None, typer.Option(min=1, help="Runs of which the median counts: 7 as published, 1 where exact.")
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Questions to a model at a time.")] = 16,
-    budget_tokens: Annotated[int | None, typer.Option(min=1, help="Stop when a model has used so many.")] = None,
+    concurrency: Concurrency = 16,
+    budget_tokens: BudgetTokens = None,
     as_published: Annotated[
         bool, typer.Option("--as-published", help="Leave failed captions out, and take numbers whatever lists say.")
     ] = False,
@@ -49,35 +61,78 @@ def score(
     check_writable(out / SCORES)
     from kokanee.ground_truth import read_ground_truth
     from kokanee.predictions import read_predictions
-    from kokanee.scoring import matched
+    from kokanee.report import page
+    from kokanee.scoring import matched, scores
 
     truth = read_ground_truth(events)
     predictions = list(dict.fromkeys(predictions))
     matching = {path: matched(read_predictions(path), truth, as_published) for path in predictions}
     by, runs = chosen(judge, base_url, concurrency, budget_tokens, out / REPLIES, as_published, runs)
-    systems, lines = [], [HEAD, "|---" * (HEAD.count("|") - 1) + "|"]
+    systems, lines, made = [], [HEAD, rule(HEAD)], {}
     for name, (path, (whole, parts, unknown)) in zip(names_of(predictions), matching.items(), strict=True):
         if unknown:
             say(f"{path}: of {len(unknown)} captions nothing is known (such as of {unknown[0].file}); left out")
         silent = sum(not item.prediction.text for item in (*whole, *parts))
         if silent:
             say(f"{path}: {silent} files or intervals have no caption, and miss everything")
-        system: dict[str, Any] = {"name": name, "file": path.as_posix()}
-        for scope, items in (("global", whole), ("local", parts)):
-            if items:
-                made = judged_scores(items, by, runs, name, as_published)
-                system[scope] = made.as_dict()
-                lines.append(row(name, scope, made))
-        systems.append(system)
+        made[name] = {
+            scope: scores(judged_items(items, by, runs, name), as_published)
+            for scope, items in (("global", whole), ("local", parts))
+            if items
+        }
+        found = {scope: result.as_dict() for scope, result in made[name].items()}
+        systems.append({"name": name, "file": path.as_posix(), **found})
+        lines += [row(name, scope, result) for scope, result in made[name].items()]
     settings = {"judge": by.name, "as_published": as_published, "events": events.as_posix()}
     write_json(out / SCORES, {"version": VERSION, **settings, "systems": systems})
-    typer.echo("\n".join(lines))
-    lost = sum(made.get(scope, {}).get("unjudged", 0) for made in systems for scope in ("global", "local"))
+    unjudged = sum(result.unjudged for scopes in made.values() for result in scopes.values())
+    counted = "are left out" if as_published else "count as all missed"
+    lost = (
+        f"{unjudged} judgements failed and {counted}. Where the server gave no reply, the same command asks again; "
+        "replies that cannot be read are kept: choose another model for these."
+    )
+    write_text(out / REPORT, page(made, by.name, events.as_posix(), as_published, lost if unjudged else ""))
+    typer.echo("\n".join([*lines, *by_kind(made)]))
+    say(f"captions with what is wrong in them: {out / REPORT}")
+    if unjudged:
+        raise KokaneeError(lost)
+
+
+def agree(
+    predictions: Annotated[Path, typer.Argument(help="Captions of clips of the world.")],
+    events: Annotated[Path, typer.Option("--events", "-e", help="samples.jsonl of `kokanee world make`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for agreement.json and the model's replies.")],
+    judge: Annotated[str, typer.Option("--judge", "-j", help="openai:MODEL.")],
+    base_url: BaseUrl = None,
+    captions: Annotated[int | None, typer.Option(min=1, help="Only the first so many captions.")] = None,
+    concurrency: Concurrency = 16,
+    budget_tokens: BudgetTokens = None,
+    as_published: Annotated[
+        bool, typer.Option("--as-published", help="Take the model's numbers, whatever its lists say.")
+    ] = False,
+) -> None:
+    """How far a language model agrees with the exact judge, on captions of clips whose truth is known.
+
+    Cohen's kappa of what is missed, incorrect and hallucinated, and the rank correlation of captions' total errors.
+    """
+    check_writable(out / AGREEMENT)
+    from kokanee.agreement import agreement, as_table
+    from kokanee.ground_truth import read_ground_truth
+    from kokanee.predictions import read_predictions
+    from kokanee.scoring import ExactJudge, matched
+
+    whole, parts, _ = matched(read_predictions(predictions), read_ground_truth(events))
+    items = [item for item in (*whole, *parts) if item.prediction.text][:captions]
+    by, _ = chosen(judge, base_url, concurrency, budget_tokens, out / REPLIES, as_published, 1)
+    exact = judged_items(items, ExactJudge(), 1, "exact")
+    other = judged_items(items, by, 1, by.name)
+    found = agreement(exact, other)
+    settings = {"judge": by.name, "as_published": as_published, "captions": predictions.as_posix()}
+    write_json(out / AGREEMENT, {"version": VERSION, **settings, **asdict(found)})
+    typer.echo(as_table(found, "exact", by.name))
+    lost = len(items) - found.n_captions
     if lost:
-        raise KokaneeError(
-            f"{lost} judgements failed and count as all missed. Where the server gave no reply, the same command asks "
-            "again; replies that cannot be read are kept: choose another model for these."
-        )
+        say(f"{lost} of {len(items)} captions could not be judged by {by.name}; they are left out")
 
 
 def chosen(
@@ -105,14 +160,13 @@ def chosen(
     return ModelJudge(LanguageModelJudge(Asker(endpoint, replies), as_published)), runs or RUNS
 
 
-def judged_scores(items: Sequence[Any], by: Judge, runs: int, name: str, as_published: bool) -> Scores:
-    """The scores of some captions, with a bar for the judgements."""
-    from kokanee.scoring import judge_all, scores
+def judged_items(items: Sequence[Item], by: Judge, runs: int, name: str) -> list[Item]:
+    """The items with their judgements, and a bar for them."""
+    from kokanee.scoring import judge_all
 
     with bar() as progress:
         task = progress.add_task(name, total=runs * len(items))
-        judged = judge_all(items, by, runs, on_judged=lambda done: progress.update(task, completed=done))
-    return scores(judged, as_published)
+        return judge_all(items, by, runs, on_judged=lambda done: progress.update(task, completed=done))
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -128,3 +182,25 @@ def row(name: str, scope: str, made: Scores) -> str:
     low, high = made.intervals["total"]
     cells[-1] += f" ({low:.1f} to {high:.1f})"
     return f"| {name} | {scope} | {len(made.items)} | {' | '.join(cells)} | {made.repetition:.1f} | {made.words:.1f} |"
+
+
+def by_kind(made: dict[str, dict[str, Scores]]) -> list[str]:
+    """A table of what is missed and incorrect of each kind of event; nothing where no kinds are known."""
+    from kokanee.events import OTHER, rates
+
+    kinds = sorted({kind for scopes in made.values() for result in scopes.values() for kind in result.kinds})
+    if kinds in ([], [OTHER]):
+        return []
+    head = f"| captioner | | {' | '.join(f'{kind}: Miss, Incorrect' for kind in kinds)} |"
+    lines = ["", head, rule(head)]
+    for name, scopes in made.items():
+        for scope, result in scopes.items():
+            found = [rates([result.kinds[kind]]) if kind in result.kinds else None for kind in kinds]
+            cells = ["" if rated is None else f"{rated.missed:.1f}, {rated.incorrect:.1f}" for rated in found]
+            lines.append(f"| {name} | {scope} | {' | '.join(cells)} |")
+    return lines
+
+
+def rule(head: str) -> str:
+    """The line under a table's head."""
+    return "|---" * (head.count("|") - 1) + "|"

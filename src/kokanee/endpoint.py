@@ -207,10 +207,11 @@ class Asker:
                 reply, tokens = await self._once(messages, seed, schema)
             except Refused as error:
                 reason = said(error)
-                if error.status in BUSY or error.status >= 500:
-                    wait_s = max(wait_s, error.retry_after_s)
-                elif not self.adapted(error, schema):
+                if self.adapted(error, schema):
+                    continue
+                if error.status < 500 and error.status not in BUSY:
                     raise self._refused(error) from error
+                wait_s = max(wait_s, error.retry_after_s)
             except asyncio.TimeoutError:
                 reason = f"nothing for {self.endpoint.timeout_s:g} s"
             except (aiohttp.ClientError, ValueError) as error:
@@ -252,12 +253,11 @@ class Asker:
         Servers may know no schemas (what is asked says the form in words too), and newer models of OpenAI want the
         limit of a reply's length under another name.
         """
-        if error.status not in (400, 422):
-            return False
+        about_schema = any(word in error.text for word in ("response_format", "json_schema"))
         if "max_completion_tokens" in error.text and self.limit == "max_tokens":
             self.limit = "max_completion_tokens"
             return True
-        if schema is not None and self.schemas:
+        if schema is not None and self.schemas and (about_schema or error.status in (400, 422)):
             self.schemas = False
             return True
         return False
