@@ -10,7 +10,7 @@ import pytest
 from kokanee.errors import KokaneeError
 from kokanee.formats import append_jsonl
 from kokanee.outputs import caption_record, error_record
-from kokanee.predictions import Prediction, read_predictions, same_file
+from kokanee.predictions import FileNames, Prediction, read_predictions
 
 
 def caption(text: str, start_s: float = 0.0, end_s: float = 5.0, sample: int = 0, finished: bool = True):
@@ -66,9 +66,9 @@ def test_anything_else_is_refused(tmp_path, text):
 
 
 def test_a_name_means_the_file_whose_path_ends_alike():
-    files = ["video/0.mp4", "video/1.mp4", "old/1.mp4"]
-    assert same_file("0.mp4", files) == same_file("/data/video/0.mp4", files) == "video/0.mp4"
-    assert same_file("/x/old/1.mp4", files) == "old/1.mp4"
-    assert same_file("2.mp4", files) is None and same_file("10.mp4", files) is None
+    same = FileNames(["video/0.mp4", "video/1.mp4", "old/1.mp4"]).same
+    assert same("0.mp4") == same("/data/video/0.mp4") == "video/0.mp4"
+    assert same("/x/old/1.mp4") == "old/1.mp4"
+    assert same("2.mp4") is None and same("10.mp4") is None
     with pytest.raises(KokaneeError, match=r"1\.mp4 may be video/1\.mp4 or old/1\.mp4"):
-        same_file("1.mp4", files)
+        same("1.mp4")

@@ -31,6 +31,7 @@ Events = Annotated[
 JudgeName = Annotated[str, typer.Option("--judge", "-j", help="exact (clips of the world), or openai:MODEL.")]
 BaseUrl = Annotated[str | None, typer.Option(help="An OpenAI-compatible server; OpenAI, if left out.")]
 Concurrency = Annotated[int, typer.Option(min=1, help="Questions to a model at a time.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Longest reply of a model.")]
 BudgetTokens = Annotated[int | None, typer.Option(min=1, help="Stop when a model has used so many.")]
 
 
@@ -48,6 +49,7 @@ def score(
         int | None, typer.Option(min=1, help="Runs of which the median counts: 7 as published, 1 where exact.")
     ] = None,
     concurrency: Concurrency = 16,
+    max_tokens: MaxTokens = 4096,
     budget_tokens: BudgetTokens = None,
     as_published: Annotated[
         bool, typer.Option("--as-published", help="Leave failed captions out, and take numbers whatever lists say.")
@@ -67,7 +69,7 @@ def score(
     truth = read_ground_truth(events)
     predictions = list(dict.fromkeys(predictions))
     matching = {path: matched(read_predictions(path), truth, as_published) for path in predictions}
-    by, runs = chosen(judge, base_url, concurrency, budget_tokens, out / REPLIES, as_published, runs)
+    by, runs = chosen(judge, base_url, concurrency, max_tokens, budget_tokens, out / REPLIES, as_published, runs)
     systems, lines, made = [], [HEAD, rule(HEAD)], {}
     for name, (path, (whole, parts, unknown)) in zip(names_of(predictions), matching.items(), strict=True):
         if unknown:
@@ -106,6 +108,7 @@ def agree(
     base_url: BaseUrl = None,
     captions: Annotated[int | None, typer.Option(min=1, help="Only the first so many captions.")] = None,
     concurrency: Concurrency = 16,
+    max_tokens: MaxTokens = 4096,
     budget_tokens: BudgetTokens = None,
     as_published: Annotated[
         bool, typer.Option("--as-published", help="Take the model's numbers, whatever its lists say.")
@@ -123,7 +126,7 @@ def agree(
 
     whole, parts, _ = matched(read_predictions(predictions), read_ground_truth(events))
     items = [item for item in (*whole, *parts) if item.prediction.text][:captions]
-    by, _ = chosen(judge, base_url, concurrency, budget_tokens, out / REPLIES, as_published, 1)
+    by, _ = chosen(judge, base_url, concurrency, max_tokens, budget_tokens, out / REPLIES, as_published, 1)
     exact = judged_items(items, ExactJudge(), 1, "exact")
     other = judged_items(items, by, 1, by.name)
     found = agreement(exact, other)
@@ -139,6 +142,7 @@ def chosen(
     judge: str,
     base_url: str | None,
     concurrency: int,
+    max_tokens: int,
     budget_tokens: int | None,
     replies: Path,
     as_published: bool,
@@ -156,7 +160,7 @@ def chosen(
     from kokanee.judges import LanguageModelJudge
     from kokanee.protocol import RUNS
 
-    endpoint = Endpoint(model, base_url, concurrency=concurrency, budget_tokens=budget_tokens)
+    endpoint = Endpoint(model, base_url, max_tokens=max_tokens, concurrency=concurrency, budget_tokens=budget_tokens)
     return ModelJudge(LanguageModelJudge(Asker(endpoint, replies), as_published)), runs or RUNS
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from kokanee.errors import KokaneeError
 from kokanee.events import AtomicEvent
 from kokanee.formats import read_jsonl
-from kokanee.predictions import Prediction, same_file
+from kokanee.predictions import FileNames, Prediction
 from kokanee.world.facts import Fact, exact
 from kokanee.world.make import scene_of
 
@@ -41,14 +41,14 @@ class GroundTruth:
 
     def __init__(self, truths: Sequence[Truth], samples: dict[str, dict[str, Any]] | None = None) -> None:
         self.truths, self.samples = list(truths), samples or {}
-        self.files = list(dict.fromkeys([truth.file for truth in self.truths]))
-        self._by_file: dict[str, list[Truth]] = {file: [] for file in self.files}
+        self.names = FileNames(truth.file for truth in self.truths)
+        self._by_file: dict[str, list[Truth]] = {truth.file: [] for truth in self.truths}
         for truth in self.truths:
             self._by_file[truth.file].append(truth)
 
     def of(self, prediction: Prediction) -> Truth | None:
         """What is true of the prediction's file or interval, None where it is not known."""
-        file = same_file(prediction.file, self.files)
+        file = self.names.same(prediction.file)
         if file is None:
             return None
         found = [truth for truth in self._by_file[file] if alike(truth, prediction)]

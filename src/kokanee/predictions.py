@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -80,26 +80,33 @@ def of_published(item: Any, where: str) -> Prediction:
     return Prediction(name, item["pred"], finished=bool(item.get("finished", True)))
 
 
-def same_file(name: str, others: Sequence[str]) -> str | None:
-    """Which of `others` a file's name means: the one that shares most of its path's end, None where none does.
+class FileNames:
+    """Names of files, to be found by other paths of the same files."""
 
-    So "0.mp4", "video/0.mp4" and "/data/video/0.mp4" are the same file where there is only one 0.mp4. Raises
-    `KokaneeError` where several fit equally well.
-    """
-    wanted = PurePosixPath(name).parts[::-1]
+    def __init__(self, names: Iterable[str]) -> None:
+        self._by_last: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+        for name in dict.fromkeys(names):
+            ending = PurePosixPath(name).parts[::-1]
+            self._by_last.setdefault(ending[0] if ending else "", []).append((name, ending))
 
-    def shared(other: str) -> int:
-        count = 0
-        for one, two in zip(wanted, PurePosixPath(other).parts[::-1], strict=False):
-            if one != two:
-                break
-            count += 1
-        return count
+    def same(self, name: str) -> str | None:
+        """Which of the files a name means: the one that shares most of its path's end, None where none does.
 
-    best = max(map(shared, others), default=0)
-    fitting = [other for other in others if shared(other) == best] if best else []
-    if len(fitting) > 1:
-        raise KokaneeError(
-            f"{name} may be {fitting[0]} or {fitting[1]}. Name files so that their paths tell them apart."
-        )
-    return fitting[0] if fitting else None
+        So "0.mp4", "video/0.mp4" and "/data/video/0.mp4" are the same file where there is only one 0.mp4. Raises
+        `KokaneeError` where several fit equally well.
+        """
+        wanted = PurePosixPath(name).parts[::-1]
+        alike = self._by_last.get(wanted[0] if wanted else "", [])
+        shared = [n_common(wanted, ending) for _, ending in alike]
+        fitting = [other for (other, _), count in zip(alike, shared, strict=True) if count == max(shared)]
+        if len(fitting) > 1:
+            raise KokaneeError(
+                f"{name} may be {fitting[0]} or {fitting[1]}. Name files so that their paths tell them apart."
+            )
+        return fitting[0] if fitting else None
+
+
+def n_common(one: Sequence[str], two: Sequence[str]) -> int:
+    """How many elements two sequences have in common at their beginning."""
+    differing = (number for number, pair in enumerate(zip(one, two, strict=False)) if pair[0] != pair[1])
+    return next(differing, min(len(one), len(two)))

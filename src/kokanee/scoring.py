@@ -16,7 +16,7 @@ from kokanee.errors import KokaneeError
 from kokanee.events import Counts, Rates, Verdict, by_kind, interval, rates, repetition_rate
 from kokanee.ground_truth import GroundTruth, Truth
 from kokanee.judges import Judgement, LanguageModelJudge, judged
-from kokanee.predictions import Prediction, same_file
+from kokanee.predictions import Prediction
 from kokanee.protocol import median_run
 from kokanee.world.score import judge as judge_exactly
 
@@ -131,7 +131,7 @@ def matched(
     whole = [item for item in items if item.prediction.start_s is None]
     parts = [item for item in items if item.prediction.start_s is not None]
     if whole and not as_published:
-        told = {same_file(item.prediction.file, truth.files) for item in whole}
+        told = {item.truth.file for item in whole}
         silent = [found for found in truth.truths if found.start_s is None and found.file not in told]
         whole += [Item(Prediction(found.file, "", reason="no caption"), found) for found in silent]
     return whole, parts, unknown
