@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 
 import pytest
 
@@ -121,9 +122,40 @@ def test_the_budget_stops_the_asking_and_a_larger_one_goes_on(served, tmp_path):
     found, _ = ask(endpoint(url, budget_tokens=100, concurrency=1), texts, path)
     assert [isinstance(reply, str) for reply in found[:12]] == [True] * 10 + [False] * 2
     assert isinstance(found[10], BudgetSpent) and found[11:] == [None] * 19
-    assert len(server.requests) == 10 and Replies(path).tokens == 100
+    assert len(server.requests) == 10 and sum(r.tokens_in + r.tokens_out for r in Replies(path).known.values()) == 100
     found, asker = ask(endpoint(url, budget_tokens=1000), texts, path)
     assert asker.asked == 20 and all(isinstance(reply, str) for reply in found)
+
+
+def test_a_budget_of_money_counts_both_prices(served):
+    server, url = served
+    with pytest.raises(KokaneeError, match="needs prices"):
+        endpoint(url, budget_money=1.0)
+    end = endpoint(url, budget_money=0.0023, prices=(100.0, 200.0), concurrency=1)  # 9 and 1 tokens: 0.0011 a question
+    found, asker = ask(end, [f"text {number}" for number in range(9)])
+    assert len(server.requests) == 3 and asker.money == pytest.approx(0.0033)
+    assert isinstance(found[3], BudgetSpent) and "0.0033 for 30 tokens" in str(found[3])
+
+
+def test_requests_keep_their_distance_where_a_server_wants_it(served):
+    _, url = served
+    began = time.monotonic()
+    found, _ = ask(endpoint(url, per_minute=1200), [f"text {number}" for number in range(7)])
+    assert time.monotonic() - began >= 6 * 0.05 and len(found) == 7
+
+
+def test_a_reply_that_was_cut_off_says_so(tmp_path):
+    path, cut = tmp_path / "replies.jsonl", completion("so far").replace(b'"stop"', b'"length"')
+    with serving(lambda request: "no") as (server, url):
+        server.trouble = [lambda server, request: (200, cut, {})]
+
+        async def run():
+            async with Asker(endpoint(url), path) as asker:
+                return await asker.reply(said("a"))
+
+        found = asyncio.run(run())
+    assert (found.text, found.finished) == ("so far", False)
+    assert list(Replies(path).known.values()) == [found]
 
 
 def test_no_more_questions_are_under_way_than_allowed(served):
@@ -218,4 +250,4 @@ def test_replies_are_one_line_of_json_each(served, tmp_path):
     _, url = served
     ask(endpoint(url), ["two\nlines \u2028 狗"], tmp_path / "replies.jsonl")
     (line,) = (tmp_path / "replies.jsonl").read_bytes().splitlines()
-    assert json.loads(line)["reply"] == "you said: two\nlines \u2028 狗" and json.loads(line)["tokens"] == 10
+    assert json.loads(line)["reply"] == "you said: two\nlines \u2028 狗" and json.loads(line)["tokens_in"] == 9

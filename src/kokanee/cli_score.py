@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,7 +32,12 @@ JudgeName = Annotated[str, typer.Option("--judge", "-j", help="exact (clips of t
 BaseUrl = Annotated[str | None, typer.Option(help="An OpenAI-compatible server; OpenAI, if left out.")]
 Concurrency = Annotated[int, typer.Option(min=1, help="Questions to a model at a time.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Longest reply of a model.")]
+PerMinute = Annotated[float | None, typer.Option(min=0, help="Requests a minute at most, where a server limits them.")]
 BudgetTokens = Annotated[int | None, typer.Option(min=1, help="Stop when a model has used so many.")]
+BudgetMoney = Annotated[float | None, typer.Option(min=0, help="Stop when a model has cost so much; needs --prices.")]
+Prices = Annotated[
+    str | None, typer.Option(metavar="IN,OUT", help="Of a million tokens of questions and of replies, such as 0.5,1.5.")
+]
 
 
 def score(
@@ -50,7 +55,10 @@ def score(
     ] = None,
     concurrency: Concurrency = 16,
     max_tokens: MaxTokens = 4096,
+    requests_per_minute: PerMinute = None,
     budget_tokens: BudgetTokens = None,
+    budget_money: BudgetMoney = None,
+    prices: Prices = None,
     as_published: Annotated[
         bool, typer.Option("--as-published", help="Leave failed captions out, and take numbers whatever lists say.")
     ] = False,
@@ -69,7 +77,8 @@ def score(
     truth = read_ground_truth(events)
     predictions = list(dict.fromkeys(predictions))
     matching = {path: matched(read_predictions(path), truth, as_published) for path in predictions}
-    by, runs = chosen(judge, base_url, concurrency, max_tokens, budget_tokens, out / REPLIES, as_published, runs)
+    asking = asked_by(base_url, concurrency, max_tokens, requests_per_minute, budget_tokens, budget_money, prices)
+    by, runs = chosen(judge, asking, out / REPLIES, as_published, runs)
     systems, lines, made = [], [HEAD, rule(HEAD)], {}
     for name, (path, (whole, parts, unknown)) in zip(names_of(predictions), matching.items(), strict=True):
         if unknown:
@@ -109,7 +118,10 @@ def agree(
     captions: Annotated[int | None, typer.Option(min=1, help="Only the first so many captions.")] = None,
     concurrency: Concurrency = 16,
     max_tokens: MaxTokens = 4096,
+    requests_per_minute: PerMinute = None,
     budget_tokens: BudgetTokens = None,
+    budget_money: BudgetMoney = None,
+    prices: Prices = None,
     as_published: Annotated[
         bool, typer.Option("--as-published", help="Take the model's numbers, whatever its lists say.")
     ] = False,
@@ -126,7 +138,8 @@ def agree(
 
     whole, parts, _ = matched(read_predictions(predictions), read_ground_truth(events))
     items = [item for item in (*whole, *parts) if item.prediction.text][:captions]
-    by, _ = chosen(judge, base_url, concurrency, max_tokens, budget_tokens, out / REPLIES, as_published, 1)
+    asking = asked_by(base_url, concurrency, max_tokens, requests_per_minute, budget_tokens, budget_money, prices)
+    by, _ = chosen(judge, asking, out / REPLIES, as_published, 1)
     exact = judged_items(items, ExactJudge(), 1, "exact")
     other = judged_items(items, by, 1, by.name)
     found = agreement(exact, other)
@@ -138,15 +151,33 @@ def agree(
         say(f"{lost} of {len(items)} captions could not be judged by {by.name}; they are left out")
 
 
-def chosen(
-    judge: str,
+def asked_by(
     base_url: str | None,
     concurrency: int,
     max_tokens: int,
+    per_minute: float | None,
     budget_tokens: int | None,
-    replies: Path,
-    as_published: bool,
-    runs: int | None,
+    budget_money: float | None,
+    prices: str | None,
+) -> dict[str, Any]:
+    """How a model is asked, as `Endpoint` wants it. Raises a usage error for prices that are none."""
+    try:
+        price_in, price_out = map(float, prices.split(",")) if prices is not None else (0.0, 0.0)
+    except ValueError:
+        raise typer.BadParameter(f"{prices!r} is not like 0.5,1.5", param_hint="--prices") from None
+    return {
+        "base_url": base_url,
+        "concurrency": concurrency,
+        "max_tokens": max_tokens,
+        "per_minute": per_minute,
+        "budget_tokens": budget_tokens,
+        "budget_money": budget_money,
+        "prices": None if prices is None else (price_in, price_out),
+    }
+
+
+def chosen(
+    judge: str, asking: dict[str, Any], replies: Path, as_published: bool, runs: int | None
 ) -> tuple[Judge, int]:
     """The judge of this name, and how many runs it makes."""
     from kokanee.scoring import ExactJudge, ModelJudge
@@ -160,7 +191,7 @@ def chosen(
     from kokanee.judges import LanguageModelJudge
     from kokanee.protocol import RUNS
 
-    endpoint = Endpoint(model, base_url, max_tokens=max_tokens, concurrency=concurrency, budget_tokens=budget_tokens)
+    endpoint = Endpoint(model, **asking)
     return ModelJudge(LanguageModelJudge(Asker(endpoint, replies), as_published)), runs or RUNS
 
 

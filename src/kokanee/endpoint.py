@@ -2,7 +2,8 @@
 
 Every reply is kept in a file by the content of its question, so that a second run asks nothing and a killed run asks
 only what is missing. At most `concurrency` questions are under way; what is busy, late or broken is asked again after
-growing waits; a budget of tokens stops the asking cleanly. The key comes from the environment and is written nowhere.
+growing waits; a budget of tokens or of money stops the asking cleanly. The key comes from the environment and is
+written nowhere.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ class Endpoint:
 
     base_url None: OpenAI's. key_name: the environment variable that holds the key; without it none is sent, as local
     servers want none. attempts: how often a question is asked that gets no reply, waiting `wait_s` seconds after the
-    first time, then twice as long each time. budget_tokens: of questions and replies together, of all runs that share
-    a file of replies.
+    first time, then twice as long each time. per_minute: requests at most (None: as many as there are). Of all runs
+    that share a file of replies: budget_tokens, of questions and replies together, and budget_money, in the currency
+    of `prices`, which are those of a million tokens of questions and of replies.
     """
 
     model: str
@@ -70,18 +72,35 @@ class Endpoint:
     timeout_s: float = 120.0
     attempts: int = 8
     wait_s: float = 1.0
+    per_minute: float | None = None
     budget_tokens: int | None = None
+    budget_money: float | None = None
+    prices: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "concurrency", "attempts"):
             if getattr(self, name) < 1:
                 raise KokaneeError(f"{name} is {getattr(self, name)}. Give at least 1.")
+        if self.per_minute is not None and self.per_minute <= 0:
+            raise KokaneeError(f"{self.per_minute} requests a minute cannot be. Give a number above 0.")
+        if self.budget_money is not None and self.prices is None:
+            raise KokaneeError("A budget of money needs prices. Give those of a million tokens in and out.")
         if self.base_url is None and not os.environ.get(self.key_name):
             raise KokaneeError(f"{self.key_name} is not set. Set it to your key, or name another server by --base-url.")
 
     @property
     def address(self) -> str:
         return (self.base_url or OPENAI).rstrip("/")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model said. Tokens as the server counts them: of the question, of the reply. finished: not cut off."""
+
+    text: str
+    tokens_in: int = 0
+    tokens_out: int = 0
+    finished: bool = True
 
 
 class Replies:
@@ -94,23 +113,21 @@ class Replies:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         records = read_jsonl(path) if path is not None and path.is_file() else []
-        self.known = {record["key"]: record for record in records}
+        self.known = {record["key"]: reply_of(record) for record in records}
         self._file: TextIO | None = None
         self._synced_s = 0.0
 
-    def get(self, key: str) -> str | None:
-        record = self.known.get(key)
-        return None if record is None else record["reply"]
-
-    def put(self, key: str, reply: str, tokens: int) -> None:
-        self.known[key] = record = {"key": key, "reply": reply, "tokens": tokens}
+    def put(self, key: str, reply: Reply) -> None:
+        self.known[key] = reply
         if self.path is None:
             return
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             mend_end(self.path)
             self._file = self.path.open("a", **UTF8)
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        record = {"key": key, "reply": reply.text, "tokens_in": reply.tokens_in, "tokens_out": reply.tokens_out}
+        line = json.dumps(record if reply.finished else record | {"finished": False}, ensure_ascii=False)
+        self._file.write(line + "\n")
         self._file.flush()
         if time.monotonic() - self._synced_s > SYNCED_EVERY_S:
             self._sync(self._file)
@@ -127,10 +144,10 @@ class Replies:
                 self._sync(file)
             self._file = None
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of all questions and replies, as the server counted them."""
-        return sum(record["tokens"] for record in self.known.values())
+
+def reply_of(record: dict[str, Any]) -> Reply:
+    """A reply as the file keeps it."""
+    return Reply(record["reply"], record.get("tokens_in", 0), record.get("tokens_out", 0), record.get("finished", True))
 
 
 class Asker:
@@ -140,8 +157,10 @@ class Asker:
         self.endpoint, self.replies = endpoint, Replies(replies)
         self.asked = 0
         self.schemas, self.limit = True, "max_tokens"
-        self._spent = self.replies.tokens
-        self._waiting: dict[str, asyncio.Future[str]] = {}
+        self._tokens_in = sum(reply.tokens_in for reply in self.replies.known.values())
+        self._tokens_out = sum(reply.tokens_out for reply in self.replies.known.values())
+        self._next_s = 0.0
+        self._waiting: dict[str, asyncio.Future[Reply]] = {}
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Asker:
@@ -174,15 +193,20 @@ class Asker:
     async def ask(
         self, messages: list[Message], seed: int = 0, attempt: int = 0, schema: dict[str, Any] | None = None
     ) -> str:
+        """The text of the reply to a conversation; see `reply`."""
+        return (await self.reply(messages, seed, attempt, schema)).text
+
+    async def reply(
+        self, messages: list[Message], seed: int = 0, attempt: int = 0, schema: dict[str, Any] | None = None
+    ) -> Reply:
         """The reply to a conversation. `attempt` tells apart replies to the same question that were no use before.
 
         `schema`: a JSON schema for the reply, where the server can hold to one. Equal questions under way at the same
         time are asked once. Raises `Unanswered`, `BudgetSpent`, and `KokaneeError` where the server refuses for good.
         """
         key = self.key(messages, seed, attempt)
-        known = self.replies.get(key)
-        if known is not None:
-            return known
+        if key in self.replies.known:
+            return self.replies.known[key]
         if key not in self._waiting:
             self._waiting[key] = asyncio.ensure_future(self._ask(key, messages, seed, schema))
             self._waiting[key].add_done_callback(lambda _: self._waiting.pop(key))
@@ -194,17 +218,16 @@ class Asker:
         content = [end.model, end.temperature, end.top_p, end.max_tokens, seed, attempt, messages]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    async def _ask(self, key: str, messages: list[Message], seed: int, schema: dict[str, Any] | None) -> str:
+    async def _ask(self, key: str, messages: list[Message], seed: int, schema: dict[str, Any] | None) -> Reply:
         wait_s, reason = self.endpoint.wait_s, ""
         for number in range(self.endpoint.attempts):
             if number:
                 await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-            budget = self.endpoint.budget_tokens
-            if budget is not None and self._spent >= budget:
-                raise BudgetSpent(f"The budget of {budget} tokens is used up ({self._spent}). Raise it to go on.")
+            self.check_budget()
+            await self.turn()
             try:
-                reply, tokens = await self._once(messages, seed, schema)
+                reply = await self._once(messages, seed, schema)
             except Refused as error:
                 reason = said(error)
                 if self.adapted(error, schema):
@@ -217,15 +240,40 @@ class Asker:
             except (aiohttp.ClientError, ValueError) as error:
                 reason = said(error)
             else:
-                if reply:
-                    self._spent += tokens
-                    self.replies.put(key, reply, tokens)
+                self._tokens_in += reply.tokens_in
+                self._tokens_out += reply.tokens_out
+                if reply.text:
+                    self.replies.put(key, reply)
                     return reply
                 reason = "an empty reply"
         raise Unanswered(f"{self.endpoint.model} gave no answer in {self.endpoint.attempts} attempts (last: {reason}).")
 
-    async def _once(self, messages: list[Message], seed: int, schema: dict[str, Any] | None) -> tuple[str, int]:
-        """One request: the reply's text and the tokens that it cost."""
+    def check_budget(self) -> None:
+        """Raise `BudgetSpent` where a budget is used up."""
+        end, tokens = self.endpoint, self._tokens_in + self._tokens_out
+        if end.budget_tokens is not None and tokens >= end.budget_tokens:
+            raise BudgetSpent(f"The budget of {end.budget_tokens} tokens is used up ({tokens}). Raise it to go on.")
+        if end.budget_money is not None and self.money >= end.budget_money:
+            cost = f"{self.money:.4g} for {tokens} tokens"
+            raise BudgetSpent(f"The budget of {end.budget_money:g} is used up ({cost}). Raise it to go on.")
+
+    @property
+    def money(self) -> float:
+        """What all questions and replies have cost, in the currency of the prices; 0 where there are none."""
+        per_in, per_out = self.endpoint.prices or (0.0, 0.0)
+        return (per_in * self._tokens_in + per_out * self._tokens_out) / 1e6
+
+    async def turn(self) -> None:
+        """Wait until a request may be sent: `per_minute` of them are, at equal distances."""
+        if self.endpoint.per_minute is None:
+            return
+        now_s = time.monotonic()
+        at_s = max(now_s, self._next_s)
+        self._next_s = at_s + 60.0 / self.endpoint.per_minute
+        await asyncio.sleep(at_s - now_s)
+
+    async def _once(self, messages: list[Message], seed: int, schema: dict[str, Any] | None) -> Reply:
+        """One request and its reply."""
         end, more = self.endpoint, {}
         if schema is not None and self.schemas:
             more["response_format"] = {
@@ -275,16 +323,18 @@ def proxy_of(address: str) -> str | None:
     return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
 
 
-def read_completion(reply: Any) -> tuple[str, int]:
-    """The text of a chat completion and the tokens that it cost. Raises `ValueError` for a reply that is none."""
+def read_completion(found: Any) -> Reply:
+    """The reply that a chat completion is. Raises `ValueError` for what is none."""
     try:
-        content = reply["choices"][0]["message"].get("content") or ""
-        tokens = (reply.get("usage") or {}).get("total_tokens") or 0
+        choice, usage = found["choices"][0], found.get("usage") or {}
+        text = choice["message"].get("content") or ""
+        tokens_in, tokens_out = (usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens"))
+        finished = choice.get("finish_reason") != "length"
     except (TypeError, KeyError, IndexError, AttributeError):
         raise ValueError("a reply without a message") from None
-    if not isinstance(content, str) or not isinstance(tokens, int):
+    if not isinstance(text, str) or not isinstance(tokens_in, int) or not isinstance(tokens_out, int):
         raise ValueError("a reply without a text")
-    return content, tokens
+    return Reply(text, tokens_in, tokens_out, finished)
 
 
 def error_text(body: str) -> str:
