@@ -26,7 +26,7 @@ from kokanee.formats import check_writable
 def events(
     captions: Annotated[
         Path,
-        typer.Argument(help="True captions: of `kokanee caption`, of a published file, or lines of file and caption."),
+        typer.Argument(help="True captions: of `kokanee caption`, of a published file, or written by hand."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="File of events (JSON lines); what it holds is kept.")],
     model: Annotated[str, typer.Option("--model", "-m", help="openai:MODEL.")],
@@ -40,11 +40,11 @@ def events(
 ) -> None:
     """Split captions into atomic events: the ground truth that captioners are scored against.
 
-    A second call with the same --out makes only what is missing: no line that is there is changed, whoever wrote it.
-    A model's replies are kept beside it.
+    A second call with the same --out makes only what is missing: no line that is there is changed, whoever wrote
+    it. A model's replies are kept beside it.
     """
     if out.suffix == ".json":
-        raise typer.BadParameter(f"{out} is to hold JSON lines; give a name that ends in .jsonl", param_hint="--out")
+        raise typer.BadParameter(f"{out} would hold JSON lines; let its name end in .jsonl", param_hint="--out")
     name = model_of(model, "--model", "model; give openai:MODEL")
     asking = asked_by(base_url, concurrency, max_tokens, requests_per_minute, budget_tokens, budget_money, prices)
     check_writable(out)
@@ -54,14 +54,16 @@ def events(
     from kokanee.predictions import read_predictions
 
     found, endpoint = read_predictions(captions), Endpoint(name, **asking)
-    if aside := set_half_aside(out):
-        say(f"{out}: its last line was cut off, and stands in {aside} now")
     todo = plan(found, out)
+    if aside := set_half_aside(out):  # only now, as the plan refuses a file that holds something else
+        say(f"{out}: its last line was cut off, and stands in {aside} now")
     if todo.empty:
-        say(f"{captions}: {len(todo.empty)} files or intervals have no caption (such as {place(todo.empty[0])})")
+        count = f"{len(todo.empty)} of {len(found)} captions"
+        say(f"{captions}: {count} left out, as they are empty (such as {place(todo.empty[0])})")
     if todo.changed:
         names = ", ".join(map(place, todo.changed))
-        say(f"{out}: the captions of {names} have changed since. Their events are kept; delete a line to have it made")
+        say(f"The captions of these have changed since, and their events are kept: {names}.")
+        say(f"To have them made again, delete their lines in {out}.")
     asker = Asker(endpoint, out.with_suffix(".replies.jsonl"))
     try:
         with bar() as progress:
@@ -73,8 +75,9 @@ def events(
         say(f"{place(caption)}: {error}")
     if failed:
         raise KokaneeError(
-            f"{len(failed)} captions have no events. Where the server gave no reply, the same command asks again; "
-            "replies that cannot be used are kept: choose another model for these, or write their lines by hand."
+            f"{len(failed)} of {len(todo.missing)} captions got no events. Where the server gave no reply, the "
+            "same command asks again; replies that cannot be used are kept: choose another model for these, or write "
+            "their lines by hand."
         )
 
 

@@ -35,8 +35,8 @@ def read_predictions(path: Path) -> list[Prediction]:
     """All captions of a file, and an empty one for each file or interval that has none.
 
     Reads the JSON lines of `kokanee caption`, and items in a list or in JSON lines: of the published result format
-    (`{"id": ["0.mp4"], "pred": "..."}`), of the published test set (`{"video": "0.mp4", "conversations": [...]}`), and
-    plain ones (`{"file": "0.mp4", "caption": "..."}`, of an interval also "start_s" and "end_s"). Raises
+    (`{"id": ["0.mp4"], "pred": "..."}`), of the published test set (`{"video": "0.mp4", "conversations": [...]}`),
+    and plain ones (`{"file": "0.mp4", "caption": "..."}`, of an interval also "start_s" and "end_s"). Raises
     `KokaneeError` for anything else.
     """
     if not path.is_file():
