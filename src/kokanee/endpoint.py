@@ -86,8 +86,10 @@ class Replies:
         record = self.known.get(key)
         return None if record is None else record["reply"]
 
-    def put(self, key: str, reply: str, tokens: int) -> None:
+    def put(self, key: str, reply: str, tokens: int, finished: bool = True) -> None:
         self.known[key] = record = {"key": key, "reply": reply, "tokens": tokens}
+        if not finished:
+            record["finished"] = False
         if self.path is not None:
             append_jsonl(self.path, [record])
 
@@ -145,6 +147,10 @@ class Asker:
             self._waiting[key].add_done_callback(lambda _: self._waiting.pop(key))
         return await asyncio.shield(self._waiting[key])
 
+    def finished(self, messages: list[Message], seed: int = 0, attempt: int = 0) -> bool:
+        """Whether the reply that a question got came to its end, and was not cut off at `max_tokens`."""
+        return self.replies.known[self.key(messages, seed, attempt)].get("finished", True)
+
     def key(self, messages: list[Message], seed: int, attempt: int) -> str:
         """What a reply is kept by: all that it can depend on, but neither the server's address nor the key."""
         end = self.endpoint
@@ -161,7 +167,7 @@ class Asker:
             if budget is not None and self._spent >= budget:
                 raise BudgetSpent(f"The budget of {budget} tokens is used up ({self._spent}). Raise it to go on.")
             try:
-                reply, tokens = await self._once(messages, seed, schema)
+                reply, tokens, finished = await self._once(messages, seed, schema)
             except BadRequestError as error:
                 if schema is None or not self.schemas:
                     raise self._refused(error) from error
@@ -176,13 +182,13 @@ class Asker:
             else:
                 if reply:
                     self._spent += tokens
-                    self.replies.put(key, reply, tokens)
+                    self.replies.put(key, reply, tokens, finished)
                     return reply
                 reason = "an empty reply"
         raise Unanswered(f"{self.endpoint.model} gave no answer in {self.endpoint.attempts} attempts (last: {reason}).")
 
-    async def _once(self, messages: list[Message], seed: int, schema: dict[str, Any] | None) -> tuple[str, int]:
-        """One request: the reply's text and the tokens that it cost."""
+    async def _once(self, messages: list[Message], seed: int, schema: dict[str, Any] | None) -> tuple[str, int, bool]:
+        """One request: the reply's text, the tokens that it cost, and whether it came to its end."""
         end, more = self.endpoint, {}
         if schema is not None and self.schemas:
             more["response_format"] = {
@@ -203,7 +209,8 @@ class Asker:
         if not getattr(done, "choices", None) or done.choices[0].message is None:
             raise ValueError("a reply without a message")
         tokens = done.usage.total_tokens if done.usage is not None else 0
-        return done.choices[0].message.content or "", tokens or 0
+        finished = done.choices[0].finish_reason != "length"
+        return done.choices[0].message.content or "", tokens or 0, finished
 
     def _refused(self, error: APIStatusError) -> KokaneeError:
         where = self.endpoint.base_url or "OpenAI"
