@@ -13,7 +13,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from kokanee.captioner import Caption, intervals
+from kokanee.captions import Caption, intervals
 from kokanee.formats import append_jsonl, read_jsonl
 from kokanee.outputs import caption_record
 from kokanee.world.annotators import Bias, annotate

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from kokanee import Captioner
-from kokanee.captioner import Caption, Request, groups, intervals
+from kokanee.captions import Caption, Request
 from kokanee.defaults import Defaults
 from kokanee.errors import KokaneeError
 from kokanee.processor import Turn
@@ -167,33 +167,6 @@ def test_a_short_sound_ends_where_it_ends(captioner, media):
         assert (found.start_s, found.end_s) == pytest.approx((start_s, end_s or 2.5))
 
 
-@pytest.mark.parametrize(
-    ("start_s", "end_s", "expected"),
-    [
-        (0, None, [(0, 10), (10, 20), (20, 25)]),
-        (0, 22.4, [(0, 10), (10, 22.4)]),
-        (0, 20.0, [(0, 10), (10, 20)]),
-        (3, None, [(3, 13), (13, 25)]),
-        (20, 99, [(20, 25)]),
-        (0, 2, [(0, 2)]),
-    ],
-)
-def test_intervals_cover_the_time_without_gaps_and_a_short_rest_joins_the_last(start_s, end_s, expected):
-    assert intervals(start_s, 25.0, 10.0, end_s) == expected
-
-
-def test_intervals_of_a_tenth_are_not_lost_to_rounding():
-    found = intervals(0.0, 1.0, 0.1)
-    assert len(found) == 10 and found[-1][1] == 1.0
-    assert all(before[1] == after[0] for before, after in pairwise(found))
-
-
-@pytest.mark.parametrize(("start_s", "every_s"), [(0, 0), (0, float("nan")), (0, -1), (25, 10), (30, 10)])
-def test_intervals_that_cannot_be_are_refused(start_s, every_s):
-    with pytest.raises(KokaneeError, match=r"cannot be|There is nothing from"):
-        intervals(start_s, 25.0, every_s)
-
-
 def test_what_cannot_be_read_is_an_error_with_its_reason(captioner, media, tmp_path):
     (tmp_path / "empty.mp4").touch()
     for path, reason in ((tmp_path / "empty.mp4", "is empty"), (tmp_path / "none.mp4", "does not exist")):
@@ -263,12 +236,6 @@ def test_a_stored_type_can_be_asked_for(tiny_checkpoint, media):
     captioner = Captioner.from_pretrained(tiny_checkpoint, dtype="bfloat16")
     assert captioner.model.dtype == torch.bfloat16
     assert isinstance(captioner.caption(media / "first.mp4"), Caption)
-
-
-def test_groups_keep_the_order():
-    assert list(groups("abcde", 2)) == [["a", "b"], ["c", "d"], ["e"]]
-    with pytest.raises(KokaneeError, match="batch_size"):
-        list(groups("abc", 0))
 
 
 def test_a_clip_beyond_the_models_positions_has_a_note(captioner, media, monkeypatch):

@@ -8,11 +8,11 @@ import pytest
 
 from kokanee import exam as exam_module
 from kokanee.captioner import Captioner
+from kokanee.captions import Decoding
 from kokanee.errors import KokaneeError
 from kokanee.events import rates
 from kokanee.exam import answers, exam, facts_in, mark, watch
 from kokanee.formats import read_jsonl
-from kokanee.generation import Decoding
 from kokanee.world.facts import Fact, exact
 from kokanee.world.make import make
 from kokanee.world.scene import sample_scene

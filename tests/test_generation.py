@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from kokanee.captions import Decoding, stream_seed
 from kokanee.errors import KokaneeError
-from kokanee.generation import NO_TOKEN, Decoding, TextStream, answers, choose, end_ids, steps, stream_seed, text_of
+from kokanee.generation import NO_TOKEN, TextStream, answers, choose, end_ids, steps, text_of
 from tiny import tiny_model, tiny_processor, tiny_sample
 
 KINDS = ("av", "video", "audio", "image", "text")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kokanee.captioner import Caption, Captioner, Request
+    from kokanee.captioner import Captioner
+    from kokanee.captions import Caption, Request
     from kokanee.errors import KokaneeError
 
     __version__: str
@@ -15,10 +16,14 @@ __all__ = ["Caption", "Captioner", "KokaneeError", "Request", "__version__"]
 
 def __getattr__(name: str) -> Any:
     """The names of `__all__`, when they are first asked for: importing kokanee alone loads no torch."""
-    if name in ("Caption", "Captioner", "Request"):
-        from kokanee import captioner
+    if name == "Captioner":
+        from kokanee.captioner import Captioner
 
-        return getattr(captioner, name)
+        return Captioner
+    if name in ("Caption", "Request"):
+        from kokanee import captions
+
+        return getattr(captions, name)
     if name == "KokaneeError":
         from kokanee.errors import KokaneeError
 

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import kokanee
-from kokanee.captioner import BOTH, Caption, Captioner, Prepared, Request, check_samples, groups
+from kokanee.captions import BOTH, Caption, Decoding, FileCaptioner, Request, check_samples
 from kokanee.errors import KokaneeError
 from kokanee.files import file_key
 from kokanee.formats import append_jsonl, differences
-from kokanee.generation import Decoding
 from kokanee.outputs import Record, caption_record, error_record, key_of, read_records
-from kokanee.weights import fingerprint
 
 KEPT_EVERY_S = 60.0
 NOT_COMPARED = ("base", "kokanee")  # the weights say which model it is
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Task:
         """The question about a file as a whole."""
         return Request(path, self.question, self.start_s, self.end_s, self.use)
 
-    def settings(self, captioner: Captioner) -> dict[str, Any]:
+    def settings(self, captioner: FileCaptioner) -> dict[str, Any]:
         """The settings as records keep them; those without effect are None."""
         greedy = self.decoding.temperature == 0
         return {
@@ -58,14 +58,11 @@ class Task:
             "top_p": None if greedy else self.decoding.top_p,
             "seed": None if greedy else self.decoding.seed,
             "max_new_tokens": self.decoding.max_new_tokens,
-            "dtype": str(captioner.model.dtype).removeprefix("torch."),
-            "base": captioner.base,
             "kokanee": kokanee.__version__,
-            "weights": fingerprint(captioner.model),
-            "processor": captioner.processor.config.model_dump(mode="json"),
+            **captioner.identity(),
         }
 
-    def record(self, captioner: Captioner, path: Path, captions: Sequence[Caption]) -> Record:
+    def record(self, captioner: FileCaptioner, path: Path, captions: Sequence[Caption]) -> Record:
         """The record of a file with these captions."""
         question = self.question or captioner.defaults.question
         made = caption_record(path, captioner.name, question, self.settings(captioner), captions)
@@ -99,7 +96,7 @@ class Summary:
 
 
 def run(
-    captioner: Captioner,
+    captioner: FileCaptioner,
     files: Sequence[Path],
     out: Path | None,
     task: Task,
@@ -131,16 +128,13 @@ def run(
         if out is not None and record != known.get(key_of(record)):
             append_jsonl(out, [record])
 
-    for group in groups(waiting, 1 if task.every_s else batch_size):
-        try:
-            if task.every_s:
-                before, heard = known.get(file_key(group[0])), partial(on_caption, group[0]) if on_caption else None
-                records = [caption_one(captioner, group[0], task, batch_size, before, heard, keep)]
-            else:
-                records = caption_group(captioner, group, task)
-        except Stopped as stopped:
-            keep(stopped.record)
-            raise
+    def by_intervals() -> Iterator[Record]:
+        for path in waiting:
+            heard = partial(on_caption, path) if on_caption else None
+            yield caption_one(captioner, path, task, batch_size, known.get(file_key(path)), heard, keep)
+
+    records = by_intervals() if task.every_s else whole_records(captioner, waiting, task, batch_size)
+    try:
         for record in records:
             keep(record)
             if "error" in record:
@@ -148,6 +142,9 @@ def run(
             else:
                 summary.captioned += 1
             tell(on_record, record)
+    except Stopped as stopped:
+        keep(stopped.record)
+        raise
     return summary
 
 
@@ -184,39 +181,28 @@ def version_of(path: Path) -> dict[str, Any]:
     return {"size_bytes": found.st_size, "modified_s": found.st_mtime}
 
 
-def caption_group(captioner: Captioner, paths: Sequence[Path], task: Task) -> list[Record]:
-    """The records of some files that are captioned together; each that fails has its reason."""
-    prepared: dict[Path, Prepared] = {}
-    records: dict[Path, Record] = {}
-    for path in paths:
-        try:
-            prepared[path] = captioner.prepare(task.request(path))
-        except KokaneeError as error:
-            records[path] = error_record(path, str(error))
-    try:
-        made = captioner.answer(list(prepared.values()), task.decoding, task.n_samples)
-        records |= {path: task.record(captioner, path, captions) for path, captions in zip(prepared, made, strict=True)}
-    except KokaneeError as error:
-        if len(prepared) == 1:
-            records |= {path: error_record(path, str(error)) for path in prepared}
-    # One by one outside of the handler, whose error keeps what the batch had in memory.
-    return [records[path] if path in records else caption_one(captioner, path, task) for path in paths]
+def whole_records(captioner: FileCaptioner, paths: Sequence[Path], task: Task, batch_size: int) -> Iterator[Record]:
+    """The records of files that are captioned as a whole, as they are done; each that fails has its reason."""
+    for request, made in captioner.each(map(task.request, paths), task.decoding, task.n_samples, batch_size):
+        path = Path(request.path)
+        yield error_record(path, str(made)) if isinstance(made, KokaneeError) else task.record(captioner, path, made)
 
 
 def caption_one(
-    captioner: Captioner,
+    captioner: FileCaptioner,
     path: Path,
     task: Task,
     batch_size: int = 1,
     before: Record | None = None,
     on_caption: Callable[[Caption], None] | None = None,
     keep: Callable[[Record], None] | None = None,
+    in_turn: bool = False,
 ) -> Record:
     """The record of one file: its captions, and why there are none or not all.
 
-    `on_caption` is told each caption at once, `keep` about once a minute what the record would be if nothing came
-    after. What an unfinished record `before` has of the same file is not done again. Raises `Stopped` on Ctrl-C after
-    the first caption.
+    `on_caption` is told each caption at once, or with `in_turn` when those of all earlier intervals are there; `keep`
+    about once a minute what the record would be if nothing came after. What an unfinished record `before` has of the
+    same file is not done again. Raises `Stopped` on Ctrl-C after the first caption.
     """
     captions, failed, reason = kept_of(before, path, task), [], ""
     kept_s = time.monotonic()
@@ -226,7 +212,7 @@ def caption_one(
         return task.record(captioner, path, in_order(captions)) | error_record(path, reason) | {"failed": failures}
 
     try:
-        for made in pieces_of(captioner, path, task, batch_size, {caption.start_s for caption in captions}):
+        for made in pieces_of(captioner, path, task, batch_size, {caption.start_s for caption in captions}, in_turn):
             if isinstance(made, Failed):
                 failed.append(made)
                 continue
@@ -240,7 +226,7 @@ def caption_one(
         reason = str(error)
     except KeyboardInterrupt as stop:
         if captions and task.every_s:
-            raise Stopped(unfinished(f"stopped after {captions[-1].end_s:g} s")) from stop
+            raise Stopped(unfinished(f"stopped after {in_order(captions)[-1].end_s:g} s")) from stop
         raise
     if failed:
         first = failed[0]
@@ -265,31 +251,38 @@ def kept_of(before: Record | None, path: Path, task: Task) -> list[Caption]:
 
 
 def pieces_of(
-    captioner: Captioner, path: Path, task: Task, batch_size: int = 1, done_s: Collection[float] = ()
+    captioner: FileCaptioner,
+    path: Path,
+    task: Task,
+    batch_size: int = 1,
+    done_s: Collection[float] = (),
+    in_turn: bool = False,
 ) -> Iterator[Caption | Failed]:
-    """All captions that a task wants of a file, as they are made, and the intervals that have none.
+    """All captions that a task wants of a file, as they are made or `in_turn`, and the intervals that have none.
 
-    Intervals that begin at `done_s` (seconds, to a thousandth) are left out. A batch of intervals that fails is tried
-    one by one. Raises `KokaneeError` for a file that cannot be read.
+    Intervals that begin at `done_s` (seconds, to a thousandth) are left out. Raises `KokaneeError` for a file that
+    cannot be read.
     """
+    whole = task.request(path)
     if task.every_s is None:
-        yield from captioner.answer([captioner.prepare(task.request(path))], task.decoding, task.n_samples)[0]
+        yield from captioner.answer([captioner.prepare(whole)], task.decoding, task.n_samples)[0]
         return
     parts = captioner.parts(path, task.every_s, task.start_s, task.end_s, task.use)
-    for group in groups([part for part in parts if round(part[0], 3) not in done_s], batch_size):
-        found = captions_of(captioner, path, task, group)
-        for part, captions in zip(group, found, strict=True):
-            if isinstance(captions, str):
-                captions = captions_of(captioner, path, task, [part])[0] if len(group) > 1 else captions
-            yield from [Failed(*part, captions)] if isinstance(captions, str) else captions
+    asked = [replace(whole, start_s=start, end_s=end) for start, end in parts if round(start, 3) not in done_s]
+    found = captioner.each(asked, task.decoding, task.n_samples, batch_size)
+    for request, made in ordered(asked, found) if in_turn else found:
+        if isinstance(made, KokaneeError):
+            assert request.start_s is not None and request.end_s is not None
+            yield Failed(request.start_s, request.end_s, str(made))
+        else:
+            yield from made
 
 
-def captions_of(
-    captioner: Captioner, path: Path, task: Task, parts: Sequence[tuple[float, float]]
-) -> list[list[Caption]] | list[str]:
-    """The captions of each of some intervals, computed together; where that fails the reason, for each."""
-    try:
-        prepared = [captioner.prepare(replace(task.request(path), start_s=start, end_s=end)) for start, end in parts]
-        return captioner.answer(prepared, task.decoding, task.n_samples)
-    except KokaneeError as error:
-        return [str(error)] * len(parts)
+def ordered(keys: Sequence[Key], pairs: Iterable[tuple[Key, Value]]) -> Iterator[tuple[Key, Value]]:
+    """The pairs in the order of `keys`, each as soon as those before it have come."""
+    come: dict[Key, Value] = {}
+    waiting = iter(pairs)
+    for key in keys:
+        while key not in come:
+            come.update([next(waiting)])
+        yield key, come.pop(key)

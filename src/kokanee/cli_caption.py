@@ -19,8 +19,9 @@ from kokanee.outputs import FORMATS, SUBTITLES, Record, caption_entry, key_of, r
 
 if TYPE_CHECKING:
     from kokanee.caption_run import Summary, Task
-    from kokanee.captioner import Caption, Captioner
+    from kokanee.captions import Caption, FileCaptioner
 
+OPENAI = "openai:"
 RECORDS = "captions.jsonl"
 STANDARD_OUTPUT = ("-", "/dev/stdout")
 SUBTITLES_EVERY_S = 10.0
@@ -70,8 +71,13 @@ class Plan:
 Inputs = Annotated[list[str], typer.Argument(help="Files, folders, or glob patterns in quotes.")]
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", help="A folder, a name on the hub, or nano, which knows its synthetic world only."),
+    typer.Option(
+        "--model",
+        "-m",
+        help="A folder, a name on the hub, or nano, which knows its synthetic world only; openai:NAME asks a server.",
+    ),
 ]
+BaseUrl = Annotated[str | None, typer.Option(help="Of openai:NAME: an OpenAI-compatible server, else OpenAI itself.")]
 Question = Annotated[str | None, typer.Option("--question", "-q", help="Ask this instead of for a caption.")]
 Start = Annotated[float | None, typer.Option(min=0, help="Begin here (seconds).")]
 End = Annotated[float | None, typer.Option(min=0, help="Stop here (seconds).")]
@@ -97,7 +103,9 @@ MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest caption, 
 AudioOnly = Annotated[bool, typer.Option("--audio-only", help="Only listen.")]
 VideoOnly = Annotated[bool, typer.Option("--video-only", help="Only look.")]
 Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Search sub-folders too.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Files or intervals that are computed together.")]
+BatchSize = Annotated[
+    int, typer.Option(min=1, help="Files or intervals computed together; of openai:NAME questions at a time.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")]
 Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16, float32; by default as stored, on a CPU float32.")]
 Set = Annotated[
@@ -129,6 +137,7 @@ def caption(
     device: Device = "auto",
     dtype: Dtype = None,
     base: Base = None,
+    base_url: BaseUrl = None,
     set_: Set = None,
 ) -> None:
     """Tell what happens in videos, sound files and images.
@@ -142,6 +151,7 @@ def caption(
         raise typer.BadParameter(f"{end:g} is not after the start at {start or 0:g}", param_hint="--end")
     if question is not None and not question.strip():
         raise typer.BadParameter("is empty; leave it out to ask for a caption", param_hint="--question")
+    check_model(model, base_url, device, dtype, base)
     if temperature is None:
         temperature = 0.0 if samples == 1 else 1.0
     plan = make_plan(inputs, recursive, format_, out, samples, overwrite)
@@ -154,14 +164,14 @@ def caption(
         how["max_new_tokens"] = max_new_tokens
 
     from kokanee.caption_run import Task
-    from kokanee.captioner import Captioner, check_samples
-    from kokanee.generation import Decoding
-    from kokanee.processor import ProcessorConfig
+    from kokanee.captions import Decoding, check_samples
 
     Decoding(**how)
     check_samples(samples, temperature)
-    ProcessorConfig(**{key: value for key, value in replaced.items() if key not in ProcessorConfig.model_fields})
-    captioner = Captioner.from_pretrained(model, device=device, dtype=dtype, base=base, **replaced)
+    if model.startswith(OPENAI):
+        captioner = remote_captioner(model, base_url, batch_size, replaced)
+    else:
+        captioner = local_captioner(model, device, dtype, base, replaced)
     if captioner.defaults.note:
         say(f"{model}: {captioner.defaults.note}")
     task = Task(question, start, end, every, samples, use, captioner.decoding(how))  # pyright: ignore[reportArgumentType]
@@ -171,6 +181,40 @@ def caption(
         caption_several(captioner, plan, task, batch_size)
     else:
         caption_single(captioner, plan, task, batch_size)
+
+
+def check_model(model: str, base_url: str | None, device: str, dtype: str | None, base: str | None) -> None:
+    """Raise a usage error for options that say nothing about such a model."""
+    if not model.startswith(OPENAI):
+        if base_url is not None:
+            raise typer.BadParameter(f"{model} is no model of a server; give {OPENAI}NAME", param_hint="--base-url")
+        return
+    if model == OPENAI:
+        raise typer.BadParameter(f"{model} names no model; give {OPENAI}NAME", param_hint="--model")
+    for option, given in (("--device", device != "auto"), ("--dtype", dtype), ("--base", base)):
+        if given:
+            raise typer.BadParameter(f"says nothing about a server's model ({model}); leave it out", param_hint=option)
+
+
+def local_captioner(
+    model: str, device: str, dtype: str | None, base: str | None, settings: dict[str, Any]
+) -> FileCaptioner:
+    """A model that is computed here. Wrong settings are told before it is loaded."""
+    from kokanee.captioner import Captioner
+    from kokanee.processor import ProcessorConfig
+
+    ProcessorConfig(**{key: value for key, value in settings.items() if key not in ProcessorConfig.model_fields})
+    return Captioner.from_pretrained(model, device=device, dtype=dtype, base=base, **settings)  # pyright: ignore[reportArgumentType]
+
+
+def remote_captioner(model: str, base_url: str | None, concurrency: int, settings: dict[str, Any]) -> FileCaptioner:
+    """A model that a server computes."""
+    from kokanee.endpoint import Endpoint
+    from kokanee.remote import TIMEOUT_S, FrameSettings, RemoteCaptioner
+
+    name = model.removeprefix(OPENAI)
+    endpoint = Endpoint(name, base_url, concurrency=concurrency, timeout_s=TIMEOUT_S)
+    return RemoteCaptioner(endpoint, FrameSettings(**settings))
 
 
 def place_of(out: str | None) -> Path | None:
@@ -243,7 +287,7 @@ def check_targets(plan: Plan, overwrite: bool) -> None:
         )
 
 
-def caption_single(captioner: Captioner, plan: Plan, task: Task, batch_size: int) -> None:
+def caption_single(captioner: FileCaptioner, plan: Plan, task: Task, batch_size: int) -> None:
     """One file, to standard output or to a file of its own. Ctrl-C leaves the captions that were made until then."""
     from kokanee.caption_run import Stopped
 
@@ -270,7 +314,7 @@ def caption_single(captioner: Captioner, plan: Plan, task: Task, batch_size: int
         raise KokaneeError(record["error"])
 
 
-def caption_whole(captioner: Captioner, path: Path, task: Task, batch_size: int) -> Record:
+def caption_whole(captioner: FileCaptioner, path: Path, task: Task, batch_size: int) -> Record:
     """The record of one file, with a bar for its intervals."""
     from kokanee.caption_run import caption_one
 
@@ -279,7 +323,7 @@ def caption_whole(captioner: Captioner, path: Path, task: Task, batch_size: int)
         return caption_one(captioner, path, task, batch_size, on_caption=lambda _: progress.advance(shown))
 
 
-def captions_wanted(captioner: Captioner, path: Path, task: Task) -> int | None:
+def captions_wanted(captioner: FileCaptioner, path: Path, task: Task) -> int | None:
     """How many captions the intervals of a file will have; None where there are none, or it is not known."""
     if task.every_s is None:
         return None
@@ -289,7 +333,7 @@ def captions_wanted(captioner: Captioner, path: Path, task: Task) -> int | None:
         return None
 
 
-def write_as_made(captioner: Captioner, path: Path, task: Task, batch_size: int) -> Record:
+def write_as_made(captioner: FileCaptioner, path: Path, task: Task, batch_size: int) -> Record:
     """One file's captions to standard output, a single one piece by piece; its record."""
     if task.every_s is None and task.n_samples == 1:
         stream = captioner.begin(task.request(path), task.decoding)
@@ -307,10 +351,10 @@ def write_as_made(captioner: Captioner, path: Path, task: Task, batch_size: int)
         typer.echo(("\n" if written else "") + txt_entry(caption_entry(made), settings), nl=False)
         written.append(made)
 
-    return caption_one(captioner, path, task, batch_size, on_caption=write)
+    return caption_one(captioner, path, task, batch_size, on_caption=write, in_turn=True)
 
 
-def caption_several(captioner: Captioner, plan: Plan, task: Task, batch_size: int) -> None:
+def caption_several(captioner: FileCaptioner, plan: Plan, task: Task, batch_size: int) -> None:
     """Many files: a record each as they are done, and files in the wanted format. Exits with 1 if any failed."""
     from kokanee.caption_run import run
 

@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from kokanee.checkpoints import base_of, locate
 from kokanee.errors import KokaneeError
 from kokanee.formats import write_json
 
@@ -49,6 +48,8 @@ class Defaults:
 
 def origin(source: str | Path, base: str | Path | None = None) -> Path:
     """The folder whose defaults count for a checkpoint: its own, or its base's for an adapter without any."""
+    from kokanee.checkpoints import base_of, locate  # with torch, which whoever asks a server needs not
+
     folder = locate(source)
     below = None if (folder / DEFAULTS_FILE).is_file() else base_of(folder, base)
     return folder if below is None else origin(below)

@@ -1,5 +1,26 @@
-"""The one exception that users are meant to see."""
+"""The one exception that users are meant to see, and what it says of wrong settings."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
 
 
 class KokaneeError(ValueError):
     """A mistake in the input: its text says the problem, the reason and the remedy."""
+
+
+def reasons(error: ValidationError, model: type[BaseModel]) -> str:
+    """What pydantic found wrong in the settings of `model`; unknown ones with the nearest known one."""
+    phrases = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.0)
+            phrases.append(f"unknown setting '{key}' (the nearest known one is '{near[0]}')")
+        else:
+            phrases.append(f"{key}: {item['msg']}" if key else item["msg"])
+    return "; ".join(phrases)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from kokanee import generation
+from kokanee.captions import Decoding
 from kokanee.errors import KokaneeError
 from kokanee.events import Rates, rates, repetition_rate
 from kokanee.formats import read_jsonl
-from kokanee.generation import Decoding
 from kokanee.layout import Block
 from kokanee.model import Kokanee
 from kokanee.processor import Processor

@@ -11,8 +11,6 @@ Axes: B prompts, R rows (samples of a prompt stand next to each other), L tokens
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -20,35 +18,12 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from kokanee.captions import Decoding, stream_seed
 from kokanee.errors import KokaneeError
 from kokanee.model import Kokanee
 
 NO_TOKEN = -1
 UNFINISHED_CHARACTER = "\ufffd"
-SEED_BITS = 63
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How tokens are chosen. Raises `KokaneeError` for values that cannot be.
-
-    temperature: 0 takes the likeliest token always (greedy; the seed has no effect). top_p: only the likeliest tokens
-    that together have this probability are drawn from; the published scripts sample with 0.9. seed: of the random
-    numbers. max_new_tokens: where an answer is cut off that has not come to its end, 1024 as published.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 0.9
-    seed: int = 0
-    max_new_tokens: int = 1024
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise KokaneeError(f"temperature is {self.temperature}. Give 0 (greedy) or more, such as 1.")
-        if not 0 < self.top_p <= 1:
-            raise KokaneeError(f"top_p is {self.top_p}, but it is a probability. Give more than 0 and at most 1.")
-        if self.max_new_tokens < 1:
-            raise KokaneeError(f"max_new_tokens is {self.max_new_tokens}. Give at least 1.")
 
 
 @dataclass
@@ -178,12 +153,6 @@ def uniform_numbers(decoding: Decoding, keys: Sequence[str], n_samples: int) -> 
         for sample in range(n_samples)
     ]
     return lambda: torch.cat([torch.rand(1, generator=stream) for stream in streams])
-
-
-def stream_seed(seed: int, key: str, sample: int) -> int:
-    """The seed of one sample's random numbers; neighbouring seeds, prompts and samples have nothing in common."""
-    digest = hashlib.sha256(f"kokanee/{seed}/{sample}/{key}".encode(errors="surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") >> (64 - SEED_BITS)
 
 
 def check_finite(logits_RV: torch.Tensor, step: int) -> None:

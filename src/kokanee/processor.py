@@ -13,7 +13,6 @@ A batch is the same with a batch axis in ids, labels and positions, and the medi
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -25,7 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 
-from kokanee.errors import KokaneeError
+from kokanee.errors import KokaneeError, reasons
 from kokanee.formats import read_json, write_text
 from kokanee.layout import Block, Positions, Rules
 from kokanee.media import Clip, Sampling, make_clip, read_clip
@@ -90,7 +89,7 @@ class ProcessorConfig(BaseModel):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise KokaneeError(f"Wrong processor settings: {_reasons(error)}") from error
+            raise KokaneeError(f"Wrong processor settings: {reasons(error, ProcessorConfig)}") from error
 
     @model_validator(mode="after")
     def _check(self) -> ProcessorConfig:
@@ -110,19 +109,6 @@ class ProcessorConfig(BaseModel):
     @property
     def tokens_per_chunk(self) -> int:
         return round(self.chunk_s / self.window_s)
-
-
-def _reasons(error: ValidationError) -> str:
-    """The errors of pydantic in one line, each unknown key with the nearest known one."""
-    reasons = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, ProcessorConfig.model_fields, n=1, cutoff=0.0)[0]
-            reasons.append(f"unknown key {key!r} (the nearest known key is {near!r})")
-        else:
-            reasons.append(f"{key}: {item['msg']}" if key else item["msg"])
-    return "; ".join(reasons)
 
 
 class Processor:

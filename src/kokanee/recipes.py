@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kokanee.errors import KokaneeError
+from kokanee.errors import KokaneeError, reasons
 
 Stage = Literal["visual encoder", "sound encoder", "conversations"]
 Checked = TypeVar("Checked", bound=BaseModel)
@@ -71,17 +70,4 @@ def checked(model: type[Checked], settings: dict[str, Any], source: str) -> Chec
     try:
         return model(**settings)
     except ValidationError as error:
-        raise KokaneeError(f"{source}: {'; '.join(reasons(error, model))}. Mend these settings.") from error
-
-
-def reasons(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """What pydantic found wrong, a phrase each; unknown keys with the nearest known one."""
-    phrases = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.0)
-            phrases.append(f"unknown setting '{key}' (the nearest known one is '{near[0]}')")
-        else:
-            phrases.append(f"{key}: {item['msg']}" if key else item["msg"])
-    return phrases
+        raise KokaneeError(f"{source}: {reasons(error, model)}. Mend these settings.") from error

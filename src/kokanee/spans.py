@@ -18,7 +18,7 @@ WORD = re.compile(r"[\w']+")
 SENTENCE = re.compile(r"[^.!?\n]+[.!?]*")
 LIGHT = frozenset(("a", "an", "the", "is", "are", "of", "and", "in", "at", "on", "to", "it", "there", "with", "as"))
 LIGHT_WEIGHT = 0.25
-ALIKE = 0.5
+ALIKE = 0.6
 INCORRECT, HALLUCINATED = "incorrect", "hallucinated"
 
 

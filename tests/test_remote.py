@@ -1,0 +1,254 @@
+"""Laws of captions by a server: it is shown what is in the file, asked nothing twice, and its troubles are got over."""
+
+from __future__ import annotations
+
+import base64
+import io
+import subprocess
+import sys
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from kokanee.cli import app
+from kokanee.endpoint import Endpoint
+from kokanee.errors import KokaneeError
+from kokanee.formats import read_jsonl
+from kokanee.media import read_clip
+from kokanee.outputs import read_records
+from kokanee.remote import FrameSettings, RemoteCaptioner, moment
+from kokanee.sampling import Sampling
+from model_server import completion, half, serving, status
+
+
+def told(request) -> str:
+    """What the server says: how many frames and sounds it got, and its seed."""
+    kinds = [part["type"] for part in request["messages"][0]["content"]]
+    return f"{kinds.count('image_url')} frames, {kinds.count('input_audio')} sounds, seed {request['seed']}."
+
+
+@pytest.fixture
+def served():
+    with serving(told) as found:
+        yield found
+
+
+def captioner(url: str, **frames) -> RemoteCaptioner:
+    endpoint = Endpoint("m", url, wait_s=0.01, attempts=3, timeout_s=10.0, concurrency=4)
+    return RemoteCaptioner(endpoint, FrameSettings(**{"interval_s": 0.5, **frames}))
+
+
+def content(server) -> list[dict]:
+    return server.requests[-1]["messages"][0]["content"]
+
+
+def kk(*words, code: int = 0):
+    found = CliRunner().invoke(app, [str(word) for word in words])
+    assert found.exit_code == code, found.output
+    return found
+
+
+def test_frames_go_after_their_times_then_the_sound_then_the_question(served, media):
+    server, url = served
+    made = captioner(url, max_side=48).caption(media / "first.mp4", "What is it?")
+    parts = content(server)
+    assert made.text == told(server.requests[-1]) and made.finished and made.n_tokens == 1
+    assert parts[-1] == {"type": "text", "text": "What is it?"}
+    clip = read_clip(media / "first.mp4", Sampling("salmonn2plus", 0.5, 1, 32))
+    assert [part["text"] for part in parts[: 2 * len(clip.times_s) : 2]] == [moment(t) for t in clip.times_s]
+    for part, frame in zip(parts[1 : 2 * len(clip.times_s) : 2], clip.frames, strict=True):
+        kind, data = part["image_url"]["url"].split(",")
+        picture = Image.open(io.BytesIO(base64.b64decode(data)))
+        whole = Image.fromarray(frame)
+        assert kind == "data:image/jpeg;base64" and max(picture.size) == 48
+        assert picture.size == pytest.approx([side * 48 / max(whole.size) for side in whole.size], abs=1)
+        whole.thumbnail((48, 48))
+        assert np.abs(np.asarray(picture, int) - np.asarray(whole, int)).mean() < 12
+    sound = parts[-2]["input_audio"]
+    with wave.open(io.BytesIO(base64.b64decode(sound["data"]))) as file:
+        assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (1, 2, 16000)
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32767
+    assert sound["format"] == "wav" and clip.waveform is not None
+    assert np.abs(samples - np.clip(clip.waveform, -1, 1)).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "use", "kinds"),
+    [
+        ("first.mp4", ("video",), {"text", "image_url"}),
+        ("first.mp4", ("audio",), {"text", "input_audio"}),
+        ("silent.mp4", ("video", "audio"), {"text", "image_url"}),
+        ("sound.wav", ("video", "audio"), {"text", "input_audio"}),
+        ("still.png", ("video", "audio"), {"text", "image_url"}),
+    ],
+)
+def test_only_what_is_there_and_wanted_is_sent(served, media, name, use, kinds):
+    server, url = served
+    captioner(url).caption(media / name, use=use)
+    assert {part["type"] for part in content(server)} == kinds
+
+
+def test_long_files_are_shown_with_fewer_frames(served, media):
+    server, url = served
+    captioner(url, interval_s=0.01, max_frames=3).caption(media / "first.mp4")
+    assert sum(part["type"] == "image_url" for part in content(server)) == 3
+
+
+def test_samples_are_questions_of_their_own_that_come_again_with_the_same_seeds(served, media):
+    server, url = served
+    one = captioner(url).samples(media / "first.mp4", 4, seed=7)
+    seeds = [request["seed"] for request in server.requests]
+    assert len(set(seeds)) == 4 and all(0 <= seed < 2**31 for seed in seeds)
+    assert [caption.sample for caption in one] == [0, 1, 2, 3] and {caption.seed for caption in one} == {7}
+    assert {request["temperature"] for request in server.requests} == {1.0}
+    assert captioner(url).samples(media / "first.mp4", 2, seed=7) == one[:2]
+    assert captioner(url).samples(media / "first.mp4", 4, seed=8) != one
+
+
+def test_a_caption_that_was_cut_off_says_so(served, media):
+    server, url = served
+    server.trouble = [lambda server, request: (200, completion("It beg").replace(b'"stop"', b'"length"'), {})]
+    made = captioner(url).caption(media / "first.mp4", max_new_tokens=5)
+    assert (made.text, made.finished) == ("It beg", False) and server.requests[-1]["max_tokens"] == 5
+
+
+def test_troubles_of_the_server_change_no_caption(served, media):
+    server, url = served
+    files = [media / name for name in ("first.mp4", "second.mp4", "silent.mp4")]
+    good = captioner(url).batch(files)
+    server.trouble = [status(429), half, status(500)]
+    assert captioner(url).batch(files) == good
+
+
+def test_a_run_goes_on_and_asks_nothing_twice(served, media, tmp_path):
+    server, url = served
+    names = ("first.mp4", "second.mp4", "silent.mp4", "sound.wav", "still.png")
+    files, out = [media / name for name in names], tmp_path / "out.jsonl"
+    server.trouble = [status(403)]
+    summary = captioner(url).caption_files(files, out)
+    assert (summary.captioned, len(summary.failed), len(server.requests)) == (4, 1, 5)
+    again = captioner(url).caption_files(files, out)
+    assert (again.captioned, again.skipped, again.failed, len(server.requests)) == (5, 4, {}, 6)
+    records = read_records(out).values()
+    assert all(record["captions"][0]["text"].endswith("seed 0.") for record in records)
+
+
+def test_intervals_are_kept_when_a_run_is_stopped(served, media, tmp_path, monkeypatch):
+    server, url = served
+    out, seen = tmp_path / "out.jsonl", []
+
+    whole = list(captioner(url).every(media / "first.mp4", 0.4))
+    server.requests.clear()
+
+    def third(self, *words, **more):
+        seen.append(words)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return read(self, *words, **more)
+
+    read = RemoteCaptioner.read
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteCaptioner, "read", third)
+        with pytest.raises(KeyboardInterrupt):
+            captioner(url).caption_files([media / "first.mp4"], out, every_s=0.4)
+    captioner(url).caption_files([media / "first.mp4"], out, every_s=0.4)
+    (record,) = read_records(out).values()
+    assert [entry["text"] for entry in record["captions"]] == [caption.text for caption in whole]
+    assert len(server.requests) <= len(whole) + 2
+
+
+def test_records_of_another_model_or_with_other_frames_are_refused(served, media, tmp_path):
+    _, url = served
+    out = tmp_path / "out.jsonl"
+    captioner(url).caption_files([media / "first.mp4"], out)
+    with pytest.raises(KokaneeError, match="max_frames: 32 before, 8 now"):
+        captioner(url, max_frames=8).caption_files([media / "second.mp4"], out)
+    other = RemoteCaptioner(Endpoint("other", url), FrameSettings(interval_s=0.5))
+    with pytest.raises(KokaneeError, match="model: 'openai:m' before, 'openai:other' now"):
+        other.caption_files([media / "second.mp4"], out)
+
+
+def test_a_server_that_cannot_hear_is_told_with_the_remedy(served, media):
+    server, url = served
+    server.trouble = [status(400, message="input_audio is not supported")]
+    with pytest.raises(KokaneeError, match=r"seems to take no sound. Leave it out with --video-only"):
+        captioner(url).caption(media / "first.mp4")
+    assert len(server.requests) == 1
+
+
+def test_the_key_is_sent_and_written_nowhere(served, media, tmp_path, monkeypatch):
+    server, url = served
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    server.trouble = [status(401, message="wrong key sk-secret")]
+    captioner(url).caption_files([media / "first.mp4", media / "second.mp4"], tmp_path / "out.jsonl")
+    assert {headers["authorization"] for headers in server.headers} == {"Bearer sk-secret"}
+    written = (tmp_path / "out.jsonl").read_text()
+    assert "secret" not in written and "wrong key ***" in written
+
+
+@pytest.mark.parametrize(
+    ("time_s", "text"), [(0, "0:00.0"), (3.46, "0:03.5"), (59.97, "1:00.0"), (3723.5, "1:02:03.5")]
+)
+def test_moments(time_s, text):
+    assert moment(time_s) == text
+
+
+def test_wrong_frame_settings_name_the_nearest():
+    with pytest.raises(KokaneeError, match=r"unknown setting 'max_frame' .*'max_frames'"):
+        FrameSettings(max_frame=3)
+
+
+def test_the_command_writes_what_it_writes_for_any_model(served, media, tmp_path):
+    server, url = served
+    words = ("caption", media / "first.mp4", "--model", "openai:m", "--base-url", url)
+    assert kk(*words).stdout == told(server.requests[-1]) + "\n"
+    kk(*words, "--every", 0.5, "--out", tmp_path / "a.srt", "--batch-size", 3)
+    assert (tmp_path / "a.srt").read_text().count("-->") == len(read_times(media / "first.mp4", url))
+    kk(
+        "caption",
+        media / "first.mp4",
+        media / "second.mp4",
+        *words[2:],
+        "--out",
+        tmp_path / "all.jsonl",
+        "--samples",
+        2,
+    )
+    assert [len(record["captions"]) for record in read_jsonl(tmp_path / "all.jsonl")] == [2, 2]
+    kk(*words, "--set", "max_side=32")
+    data = content(server)[1]["image_url"]["url"].split(",")[1]
+    assert max(Image.open(io.BytesIO(base64.b64decode(data))).size) == 32
+
+
+def read_times(path: Path, url: str) -> list[tuple[float, float]]:
+    return captioner(url).parts(path, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (("--model", "openai:m", "--device", "cuda"), "--device"),
+        (("--model", "openai:m", "--dtype", "bfloat16"), "--dtype"),
+        (("--model", "openai:m", "--base", "b"), "--base"),
+        (("--model", "openai:"), "names no model"),
+        (("--model", "nano", "--base-url", "http://x"), "--base-url"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(media, more, reason):
+    assert reason in kk("caption", media / "first.mp4", *more, code=2).stderr
+
+
+def test_asking_a_server_loads_no_torch(served, media):
+    _, url = served
+    code = (
+        "import sys; from kokanee.cli import app\n"
+        f"try: app(['caption', {str(media / 'first.mp4')!r}, '--model', 'openai:m', '--base-url', {url!r}])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0 and "frames" in found.stdout, found.stderr
