@@ -74,8 +74,8 @@ def late(seconds: float) -> Behaviour:
 
 
 @contextmanager
-def serving(answer: Callable[[Request], str | None]) -> Iterator[tuple[Server, str]]:
-    """The server and its base URL; it is gone when the block ends."""
+def serving(answer: Callable[[Request], str | None], port: int = 0) -> Iterator[tuple[Server, str]]:
+    """The server and its base URL; it is gone when the block ends. port 0: any that is free."""
     server = Server(answer)
 
     class Handler(BaseHTTPRequestHandler):
@@ -111,7 +111,7 @@ def serving(answer: Callable[[Request], str | None]) -> Iterator[tuple[Server, s
         daemon_threads = True
         request_queue_size = 256
 
-    http = Listener(("127.0.0.1", 0), Handler)
+    http = Listener(("127.0.0.1", port), Handler)
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from kokanee.endpoint import Asker, BudgetSpent, Endpoint, Replies, Unanswered, each, proxy_of, retry_after_s
+from kokanee.endpoint import Asker, BudgetSpent, Endpoint, Replies, Stop, Unanswered, each, proxy_of, retry_after_s
 from kokanee.errors import KokaneeError
 from model_server import completion, garbage, half, late, serving, silence, status
 
@@ -111,7 +111,7 @@ def test_a_server_that_dies_in_the_middle_loses_nothing_that_was_said(tmp_path):
     assert sum(isinstance(reply, str) for reply in found) == 5 == len(Replies(path).known)
     with path.open("a") as file:
         file.write('{"key": "half a li')
-    with serving(echo) as (server, url):
+    with serving(echo, int(url.split(":")[2].removesuffix("/v1"))) as (server, url):
         found, asker = ask(endpoint(url), texts, path)
     assert found == [f"you said: {text}" for text in texts] and asker.asked == 7 == len(server.requests)
 
@@ -122,9 +122,65 @@ def test_the_budget_stops_the_asking_and_a_larger_one_goes_on(served, tmp_path):
     found, _ = ask(endpoint(url, budget_tokens=100, concurrency=1), texts, path)
     assert [isinstance(reply, str) for reply in found[:12]] == [True] * 10 + [False] * 2
     assert isinstance(found[10], BudgetSpent) and found[11:] == [None] * 19
-    assert len(server.requests) == 10 and sum(r.tokens_in + r.tokens_out for r in Replies(path).known.values()) == 100
+    assert len(server.requests) == 10 and Replies(path).tokens_in + Replies(path).tokens_out == 100
     found, asker = ask(endpoint(url, budget_tokens=1000), texts, path)
     assert asker.asked == 20 and all(isinstance(reply, str) for reply in found)
+
+
+def test_a_budget_is_kept_however_many_questions_are_under_way(served, tmp_path):
+    server, url = served
+    server.delay_s = 0.02
+    end = endpoint(url, budget_tokens=100, concurrency=8)
+    found, _ = ask(end, ["text"] + [f"text {number}" for number in range(40)], tmp_path / "replies.jsonl")
+    assert 8 <= len(server.requests) <= 12 and any(isinstance(reply, BudgetSpent) for reply in found)
+
+
+def test_a_budget_needs_a_server_that_counts(tmp_path):
+    def uncounted(server, request):
+        return 200, json.dumps({"choices": [{"message": {"content": "yes"}}]}).encode(), {}
+
+    with serving(echo) as (server, url):
+        server.trouble = [uncounted] * 9
+        (error, none), _ = ask(endpoint(url, budget_tokens=100, concurrency=1), ["a", "b"])
+    assert isinstance(error, Stop) and "does not count tokens" in str(error) and none is None
+
+
+def test_empty_replies_are_paid_for_once_and_for_all(served, tmp_path):
+    server, url = served
+    path = tmp_path / "replies.jsonl"
+    server.trouble = [lambda server, request: (200, completion(""), {})] * 2
+    (found,), _ = ask(endpoint(url), ["a"], path)
+    assert found == "you said: a" and Replies(path).tokens_in + Replies(path).tokens_out == 30
+    assert len(Replies(path).known) == 1
+
+
+def test_no_credit_ends_the_asking(served):
+    server, url = served
+    body = json.dumps({"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}).encode()
+    server.trouble = [lambda server, request: (429, body, {})] * 9
+    (error, none), asker = ask(endpoint(url, concurrency=1), ["a", "b"])
+    assert isinstance(error, Stop) and "insufficient_quota" in str(error) and none is None and asker.asked == 1
+
+
+def test_a_key_that_the_server_repeats_is_masked_wherever_the_message_is_cut(served, monkeypatch):
+    server, url = served
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-" + "secret" * 20 + "\n")
+    server.trouble = [status(401, message="x" * 170 + "sk-" + "secret" * 20)]
+    (error,), _ = ask(endpoint(url), ["a"])
+    assert "***" in str(error) and "sec" not in str(error)
+    assert server.headers[0]["authorization"] == "Bearer sk-" + "secret" * 20
+
+
+def test_half_characters_are_no_harm(served, tmp_path):
+    server, url = served
+    server.trouble = [lambda server, request: (200, completion("a \\ud83d b").replace(b"\\\\", b"\\"), {})]
+    (found,), _ = ask(endpoint(url), ["a"], tmp_path / "replies.jsonl")
+    assert found == "a \ufffd b"
+
+
+def test_an_address_without_a_scheme_is_told_at_once():
+    with pytest.raises(KokaneeError, match=r"localhost:8000/v1 is no address.*http://"):
+        endpoint("localhost:8000/v1")
 
 
 def test_a_budget_of_money_counts_both_prices(served):

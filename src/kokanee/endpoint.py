@@ -24,12 +24,14 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 
 from kokanee.errors import KokaneeError
-from kokanee.formats import UTF8, mend_end, read_jsonl
+from kokanee.formats import UTF8, mend_end, read_jsonl, whole_text
 
 LONGEST_WAIT_S = 60.0
 SYNCED_EVERY_S = 1.0
+LETTERS_A_TOKEN = 4  # about, in English
 BUSY = frozenset((408, 409, 425, 429))
 NOT_THIS = frozenset((400, 413, 422))
+NO_CREDIT = "insufficient_quota"
 OPENAI = "https://api.openai.com/v1"
 Message = dict[str, Any]
 Job = TypeVar("Job")
@@ -40,7 +42,11 @@ class Unanswered(KokaneeError):
     """A question that got no usable answer, and why."""
 
 
-class BudgetSpent(KokaneeError):
+class Stop(KokaneeError):
+    """No question is asked any more: none would be answered."""
+
+
+class BudgetSpent(Stop):
     """No question is asked any more: the budget is used up."""
 
 
@@ -86,12 +92,25 @@ class Endpoint:
             raise KokaneeError(f"{self.per_minute} requests a minute cannot be. Give a number above 0.")
         if self.budget_money is not None and self.prices is None:
             raise KokaneeError("A budget of money needs prices. Give those of a million tokens in and out.")
-        if self.base_url is None and not os.environ.get(self.key_name):
+        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
+            raise KokaneeError(f"{self.base_url} is no address of a server. Let it begin with http:// or https://.")
+        if self.base_url is None and not self.key:
             raise KokaneeError(f"{self.key_name} is not set. Set it to your key, or name another server by --base-url.")
 
     @property
     def address(self) -> str:
         return (self.base_url or OPENAI).rstrip("/")
+
+    @property
+    def server(self) -> str:
+        """The server as it may be shown and kept: its address without a name and password."""
+        parts = urlsplit(self.address)
+        return f"{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+    @property
+    def key(self) -> str:
+        """The key, "" where there is none. It is shown nowhere."""
+        return os.environ.get(self.key_name, "").strip()
 
 
 @dataclass(frozen=True)
@@ -114,12 +133,18 @@ class Replies:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         records = read_jsonl(path) if path is not None and path.is_file() else []
-        self.known = {record["key"]: reply_of(record) for record in records}
+        self.known: dict[str, Reply] = {}
+        self.tokens_in = self.tokens_out = self.n_paid = 0
+        for number, record in enumerate(records, 1):
+            if not isinstance(record, dict) or not {"key", "reply"} <= record.keys():
+                raise KokaneeError(f"{path}, line {number} is no reply. Choose another place, or remove the file.")
+            self._count(record["key"], reply_of(record))
         self._file: TextIO | None = None
         self._synced_s = 0.0
 
     def put(self, key: str, reply: Reply) -> None:
-        self.known[key] = reply
+        """Keep a reply; of an empty one only what it cost."""
+        self._count(key, reply)
         if self.path is None:
             return
         if self._file is None:
@@ -132,6 +157,13 @@ class Replies:
         self._file.flush()
         if time.monotonic() - self._synced_s > SYNCED_EVERY_S:
             self._sync(self._file)
+
+    def _count(self, key: str, reply: Reply) -> None:
+        if reply.text:
+            self.known[key] = reply
+        self.tokens_in += reply.tokens_in
+        self.tokens_out += reply.tokens_out
+        self.n_paid += 1
 
     def _sync(self, file: TextIO) -> None:
         if self.path is not None and self.path.is_file():
@@ -156,10 +188,8 @@ class Asker:
 
     def __init__(self, endpoint: Endpoint, replies: Path | None = None) -> None:
         self.endpoint, self.replies = endpoint, Replies(replies)
-        self.asked = 0
+        self.asked = self._under_way = 0
         self.schemas, self.limit = True, "max_tokens"
-        self._tokens_in = sum(reply.tokens_in for reply in self.replies.known.values())
-        self._tokens_out = sum(reply.tokens_out for reply in self.replies.known.values())
         self._next_s = 0.0
         self._waiting: dict[str, asyncio.Future[Reply]] = {}
         self._session: aiohttp.ClientSession | None = None
@@ -171,7 +201,14 @@ class Asker:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connections, which belong to the running event loop, and the file. Asking again opens others."""
+        """Cancel what is under way, and close connections, which belong to the running event loop, and the file.
+
+        Asking again opens others.
+        """
+        waiting = list(self._waiting.values())
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
         self.replies.close()
         if self._session is not None:
             session, self._session = self._session, None
@@ -181,7 +218,7 @@ class Asker:
     def session(self) -> aiohttp.ClientSession:
         """The connections to the server; as many as there are questions under way."""
         if self._session is None:
-            key = os.environ.get(self.endpoint.key_name)
+            key = self.endpoint.key
             # aiohttp's own look at the environment (`trust_env`) costs 0.4 ms a request.
             self._session = aiohttp.ClientSession(
                 headers={"authorization": f"Bearer {key}"} if key else {},
@@ -214,58 +251,81 @@ class Asker:
         return await asyncio.shield(self._waiting[key])
 
     def key(self, messages: list[Message], seed: int, attempt: int) -> str:
-        """What a reply is kept by: all that it can depend on, but neither the server's address nor the key."""
+        """What a reply is kept by: all that it can depend on, without the key of the server."""
         end = self.endpoint
-        content = [end.model, end.temperature, end.top_p, end.max_tokens, seed, attempt, messages]
+        content = [end.server, end.model, end.temperature, end.top_p, end.max_tokens, seed, attempt, messages]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     async def _ask(self, key: str, messages: list[Message], seed: int, schema: dict[str, Any] | None) -> Reply:
-        end, wait_s, reason = self.endpoint, self.endpoint.wait_s, ""
+        end, wait_s, pause_s, reason = self.endpoint, self.endpoint.wait_s, 0.0, ""
+        without = False  # a schema, for this question
         for number in range(end.attempts):
             if number:
-                await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
-                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-            self.check_budget()
+                await asyncio.sleep(max(pause_s, wait_s * random.uniform(0.5, 1.0)))
+                wait_s, pause_s = min(2 * wait_s, LONGEST_WAIT_S), 0.0
             await self.turn()
-            form = self.schemas, self.limit
+            self.check_budget(messages)
+            limit, sent = self.limit, schema if self.schemas and not without else None
+            self._under_way += 1
             try:
-                reply = await self._once(messages, seed, schema)
+                reply = await self._once(messages, seed, sent)
             except Refused as error:
-                reason = said(error)
-                if self.adapted(error, schema) or form != (self.schemas, self.limit):
-                    continue  # also where another question has learnt meanwhile what the server wants
-                if error.status in NOT_THIS:
+                reason, pause_s = self.said(error), error.retry_after_s
+                if "max_completion_tokens" in error.text and limit == "max_tokens":
+                    self.limit = "max_completion_tokens"  # what newer models of OpenAI call it
+                elif sent is not None and (error.status in NOT_THIS or "response_format" in error.text):
+                    without = True  # what is asked says the form in words too
+                elif error.status in NOT_THIS:
                     raise Unanswered(f"{end.model} refuses a question: {reason}.") from error
-                if error.status < 500 and error.status not in BUSY:
+                elif error.status < 500 and (error.status not in BUSY or NO_CREDIT in error.text):
                     raise self._refused(error) from error
-                wait_s = max(wait_s, error.retry_after_s)
             except asyncio.TimeoutError:
                 reason = f"nothing for {end.timeout_s:g} s"
             except (aiohttp.ClientError, ValueError) as error:
-                reason = said(error)
+                reason = self.said(error)
             else:
-                self._tokens_in += reply.tokens_in
-                self._tokens_out += reply.tokens_out
+                self.schemas = self.schemas and not without
+                self.check_counted(reply)
+                self.replies.put(key, reply)
                 if reply.text:
-                    self.replies.put(key, reply)
                     return reply
                 reason = "an empty reply"
+            finally:
+                self._under_way -= 1
         raise Unanswered(f"{end.model} gave no answer in {end.attempts} attempts (last: {reason}).")
 
-    def check_budget(self) -> None:
-        """Raise `BudgetSpent` where a budget is used up."""
-        end, tokens = self.endpoint, self._tokens_in + self._tokens_out
-        if end.budget_tokens is not None and tokens >= end.budget_tokens:
+    def check_budget(self, messages: list[Message]) -> None:
+        """Raise `BudgetSpent` where a budget is used up, or would be by what is under way.
+
+        What is under way is taken to cost as much as questions did so far.
+        """
+        end, replies = self.endpoint, self.replies
+        if end.budget_tokens is None and end.budget_money is None:
+            return
+        tokens = replies.tokens_in + replies.tokens_out
+        letters = sum(len(str(message["content"])) for message in messages)
+        share = self._under_way / max(1, replies.n_paid)
+        coming = share * tokens if replies.n_paid else self._under_way * letters / LETTERS_A_TOKEN
+        if end.budget_tokens is not None and tokens + coming >= end.budget_tokens:
             raise BudgetSpent(f"The budget of {end.budget_tokens} tokens is used up ({tokens}). Raise it to go on.")
-        if end.budget_money is not None and self.money >= end.budget_money:
+        if end.budget_money is None or end.prices is None:
+            return
+        money_coming = share * self.money if replies.n_paid else coming * end.prices[0] / 1e6
+        if self.money + money_coming >= end.budget_money:
             cost = f"{self.money:.4g} for {tokens} tokens"
             raise BudgetSpent(f"The budget of {end.budget_money:g} is used up ({cost}). Raise it to go on.")
+
+    def check_counted(self, reply: Reply) -> None:
+        """Raise `Stop` where there is a budget and the server does not say what a reply cost."""
+        end = self.endpoint
+        if (end.budget_tokens or end.budget_money) and not reply.tokens_in + reply.tokens_out:
+            raise Stop(f"{end.server} does not count tokens, so that no budget can be kept. Leave the budget out.")
 
     @property
     def money(self) -> float:
         """What all questions and replies have cost, in the currency of the prices; 0 where there are none."""
         per_in, per_out = self.endpoint.prices or (0.0, 0.0)
-        return (per_in * self._tokens_in + per_out * self._tokens_out) / 1e6
+        return (per_in * self.replies.tokens_in + per_out * self.replies.tokens_out) / 1e6
 
     async def turn(self) -> None:
         """Wait until a request may be sent: `per_minute` of them are, at equal distances."""
@@ -279,7 +339,7 @@ class Asker:
     async def _once(self, messages: list[Message], seed: int, schema: dict[str, Any] | None) -> Reply:
         """One request and its reply."""
         end, more = self.endpoint, {}
-        if schema is not None and self.schemas:
+        if schema is not None:
             more["response_format"] = {
                 "type": "json_schema",
                 "json_schema": {"name": "reply", "strict": True, "schema": schema},
@@ -299,26 +359,18 @@ class Asker:
                 raise Refused(reply.status, error_text(await reply.text()), retry_after_s(reply.headers))
             return read_completion(json.loads(await reply.read()))
 
-    def adapted(self, error: Refused, schema: dict[str, Any] | None) -> bool:
-        """Whether the next question will be put in another form that means the same, as the server wants it.
-
-        Servers may know no schemas (what is asked says the form in words too), and newer models of OpenAI want the
-        limit of a reply's length under another name.
-        """
-        about_schema = any(word in error.text for word in ("response_format", "json_schema"))
-        if "max_completion_tokens" in error.text and self.limit == "max_tokens":
-            self.limit = "max_completion_tokens"
-            return True
-        if schema is not None and self.schemas and (about_schema or error.status in (400, 422)):
-            self.schemas = False
-            return True
-        return False
-
-    def _refused(self, error: Refused) -> KokaneeError:
-        where = self.endpoint.base_url or "OpenAI"
-        return KokaneeError(
-            f"{where} refuses {self.endpoint.model}: {said(error)}. Check the model's name, the address and the key."
+    def _refused(self, error: Refused) -> Stop:
+        return Stop(
+            f"{self.endpoint.server} refuses {self.endpoint.model}: {self.said(error)}. "
+            "Check the model's name, the address, the key and its credit."
         )
+
+    def said(self, error: Exception) -> str:
+        """What went wrong, in one short line, without the key, which servers may repeat."""
+        text = " ".join(str(error).split()) or type(error).__name__
+        if self.endpoint.key:
+            text = text.replace(self.endpoint.key, "***")
+        return text if len(text) < 200 else f"{text[:200]}..."
 
 
 def proxy_of(address: str) -> str | None:
@@ -331,7 +383,7 @@ def read_completion(found: Any) -> Reply:
     """The reply that a chat completion is. Raises `ValueError` for what is none."""
     try:
         choice, usage = found["choices"][0], found.get("usage") or {}
-        text = choice["message"].get("content") or ""
+        text = whole_text(choice["message"].get("content") or "")
         tokens_in, tokens_out = (usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens"))
         finished = choice.get("finish_reason") != "length"
     except (TypeError, KeyError, IndexError, AttributeError):
@@ -346,15 +398,10 @@ def error_text(body: str) -> str:
     try:
         found = json.loads(body)
         found = found.get("error", found)
-        return str(found.get("message", found))
+        code = found.get("code")
+        return f"{found.get('message', found)}{f' ({code})' if code else ''}"
     except (ValueError, AttributeError):
         return body
-
-
-def said(error: Exception) -> str:
-    """What went wrong, in one short line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < 200 else f"{text[:200]}..."
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float:
@@ -370,20 +417,20 @@ async def each(
 ) -> AsyncIterator[tuple[Job, Result | KokaneeError]]:
     """Each job with its result as it is done, or the `KokaneeError` that it raised; `concurrency` jobs at a time.
 
-    After `BudgetSpent` no job is begun any more; those under way are finished.
+    After `Stop` no job is begun any more; those under way are finished. Whoever takes no more cancels them.
     """
-    waiting, spent = iter(jobs), False
+    waiting, stopped = iter(jobs), False
     done: asyncio.Queue[tuple[Job, Result | KokaneeError] | asyncio.Future[None]] = asyncio.Queue()
 
     async def worker() -> None:
-        nonlocal spent
+        nonlocal stopped
         for job in waiting:
             try:
                 result = await work(job)
             except KokaneeError as error:
-                result, spent = error, spent or isinstance(error, BudgetSpent)
+                result, stopped = error, stopped or isinstance(error, Stop)
             done.put_nowait((job, result))
-            if spent:
+            if stopped:
                 return
 
     workers = [asyncio.ensure_future(worker()) for _ in range(concurrency)]
@@ -401,3 +448,4 @@ async def each(
     finally:
         for task in workers:
             task.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)

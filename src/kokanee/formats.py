@@ -78,7 +78,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write one JSON value, atomically."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+    try:
+        text.encode(**UTF8)
+    except UnicodeEncodeError:  # half characters, which only an escape can tell
+        text = json.dumps(value, indent=2) + "\n"
+    write_text(path, text)
+
+
+def whole_text(text: str) -> str:
+    """A text whose half characters (lone surrogates, which no file can hold) are put together or replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def append_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
