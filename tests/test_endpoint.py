@@ -219,11 +219,20 @@ def test_a_proxy_of_the_environment_is_used(served, monkeypatch):
     assert proxy_of("http://judge.example/v1") is None
 
 
-def test_a_bad_request_without_a_schema_is_refused(served):
+def test_questions_under_way_learn_together_that_a_server_knows_no_schemas(served):
     server, url = served
-    server.trouble = [status(400)] * 5
-    (error,), asker = ask(endpoint(url), ["a"])
-    assert isinstance(error, KokaneeError) and "refuses m: status 400" in str(error) and asker.asked == 1
+    server.delay_s, server.trouble = 0.05, [status(400)] * 8
+    texts = [f"text {number}" for number in range(12)]
+    found, asker = ask(endpoint(url, concurrency=8), texts, schema=SCHEMA)
+    assert found == [f"you said: {text}" for text in texts] and asker.asked == 20
+
+
+def test_one_question_that_a_server_does_not_take_stops_no_other(served):
+    server, url = served
+    server.trouble = [status(400, message="too long")]
+    (error, found), asker = ask(endpoint(url, concurrency=1), ["a", "b"])
+    assert isinstance(error, Unanswered) and "m refuses a question: status 400: too long" in str(error)
+    assert found == "you said: b" and asker.asked == 2
 
 
 def test_the_key_is_sent_and_written_nowhere(served, tmp_path, monkeypatch):

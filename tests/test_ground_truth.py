@@ -9,7 +9,7 @@ import pytest
 from kokanee.errors import KokaneeError
 from kokanee.events import AtomicEvent
 from kokanee.formats import append_jsonl, write_json
-from kokanee.ground_truth import GroundTruth, Truth, read_ground_truth
+from kokanee.ground_truth import GroundTruth, Truth, of_record, read_ground_truth, record_of
 from kokanee.predictions import Prediction
 from kokanee.world.facts import exact
 from kokanee.world.make import MakeSettings, record
@@ -64,6 +64,20 @@ def test_own_records_hold_whole_files_and_intervals(tmp_path):
     assert found.of(Prediction("a.mp4", "", 0.0, 9.0)) is None and found.of(Prediction("b.mp4", "")) is None
 
 
+def test_two_truths_of_the_same_interval_are_a_mistake_and_neither_counts_in_silence():
+    whole, part = Truth("a.mp4", ()), Truth("a.mp4", (), 0.0, 10.0)
+    assert GroundTruth([whole, part, Truth("b.mp4", ()), Truth("a.mp4", (), 10.0, 20.0)]).truths[:2] == [whole, part]
+    with pytest.raises(KokaneeError, match=r"events of a\.mp4 twice"):
+        GroundTruth([whole, part, Truth("a.mp4", (AtomicEvent("A dog runs"),))])
+    with pytest.raises(KokaneeError, match=r"events of a\.mp4 from 0 to 10\.04 s twice"):
+        GroundTruth([whole, part, Truth("a.mp4", (), 0.0, 10.04)])
+
+
+def test_a_record_says_all_that_is_read_from_it():
+    truth = Truth("a.mp4", (AtomicEvent("A dog runs", "seen"), AtomicEvent("It barks")), 0.5, 3.0, None, "0f")
+    assert of_record(record_of(truth, model="m"), "") == truth
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -74,6 +88,12 @@ def test_own_records_hold_whole_files_and_intervals(tmp_path):
         ("a.jsonl", '{"version": 1, "file": "a"}\n'),
         ("a.jsonl", '{"version": 2, "file": "a", "events": []}\n'),
         ("a.jsonl", '{"version": 1, "file": "a", "events": ["x"]}\n'),
+        ("a.jsonl", '{"version": 1, "file": "a", "events": null}\n'),
+        ("a.jsonl", '{"version": 1, "file": "a", "events": [{"text": " "}]}\n'),
+        ("a.jsonl", '{"version": 1, "file": "a", "events": [{"text": "x", "kind": 3}]}\n'),
+        ("a.jsonl", '{"version": 1, "file": 3, "events": []}\n'),
+        ("a.jsonl", '{"version": 1, "file": "a", "start_s": 0, "events": []}\n'),
+        ("a.jsonl", '{"version": 1, "file": "a", "start_s": 2, "end_s": 1, "events": []}\n'),
     ],
 )
 def test_anything_else_is_refused(tmp_path, name, text):

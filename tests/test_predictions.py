@@ -54,6 +54,42 @@ def test_a_file_or_an_interval_that_failed_is_an_empty_caption_with_its_reason(t
     ]
 
 
+def test_captions_that_people_wrote_are_read_from_plain_items_and_from_the_published_test_set(tmp_path):
+    turns = [{"from": "human", "value": "Describe it."}, {"from": "gpt", "value": "A dog."}]
+    items = [
+        {"file": "0.mp4", "caption": "A dog."},
+        {"video": "0.mp4", "conversations": turns, "events": ["A dog"]},
+        {"id": ["0.mp4"], "pred": "A dog."},
+    ]
+    for item in items:
+        (tmp_path / "a.json").write_text(json.dumps([item]))
+        (tmp_path / "a.jsonl").write_text(json.dumps(item) + "\n")
+        assert read_predictions(tmp_path / "a.json") == [Prediction("0.mp4", "A dog.")]
+        assert read_predictions(tmp_path / "a.jsonl") == [Prediction("0.mp4", "A dog.")]
+    (tmp_path / "a.jsonl").write_text('{"file": "0.mp4", "caption": "A dog.", "start_s": 0, "end_s": 2.5}')
+    assert read_predictions(tmp_path / "a.jsonl") == [Prediction("0.mp4", "A dog.", 0, 2.5)]
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"caption": "x"},
+        {"file": "a", "caption": None},
+        {"file": "a", "caption": "x", "start_s": 1},
+        {"file": "a", "caption": "x", "start_s": 2, "end_s": 1},
+        {"file": "a", "caption": "x", "start_s": "0", "end_s": "1"},
+        {"video": "a", "conversations": "x"},
+        {"video": "a", "conversations": [{"from": "human", "value": "x"}]},
+        {"video": "a", "conversations": [{"from": "gpt", "value": "x"}] * 2},
+        {"video": "a", "conversations": [{"from": "gpt", "value": 3}]},
+    ],
+)
+def test_an_item_that_is_no_caption_is_told_with_its_place(tmp_path, item):
+    (tmp_path / "a.jsonl").write_text('{"file": "b", "caption": "x"}\n' + json.dumps(item))
+    with pytest.raises(KokaneeError, match="line 2 is no caption"):
+        read_predictions(tmp_path / "a.jsonl")
+
+
 @pytest.mark.parametrize(
     "text", ["{", "3", "{}", '[{"id": ["a", "b"], "pred": "x"}]', '[{"pred": "x"}]', "[3]", '[{"id": "a"}]']
 )

@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 import kokanee
 from kokanee.cli_caption import caption
+from kokanee.cli_events import events
 from kokanee.cli_score import agree, score
 from kokanee.cli_train import train, world
 from kokanee.errors import KokaneeError
@@ -84,6 +85,7 @@ app = typer.Typer(
 app.command()(caption)
 app.command()(score)
 app.command()(agree)
+app.command()(events)
 app.command()(train)
 app.add_typer(world, name="world")
 

@@ -184,15 +184,21 @@ def chosen(
 
     if judge == "exact":
         return ExactJudge(), runs or 1
-    kind, _, model = judge.partition(":")
-    if kind != "openai" or not model:
-        raise typer.BadParameter(f"{judge!r} is no judge; give exact or openai:MODEL", param_hint="--judge")
+    model = model_of(judge, "--judge", "judge; give exact or openai:MODEL")
     from kokanee.endpoint import Asker, Endpoint
     from kokanee.judges import LanguageModelJudge
     from kokanee.protocol import RUNS
 
     endpoint = Endpoint(model, **asking)
     return ModelJudge(LanguageModelJudge(Asker(endpoint, replies), as_published)), runs or RUNS
+
+
+def model_of(name: str, option: str, wanted: str) -> str:
+    """MODEL of openai:MODEL. Raises a usage error for anything else: that it is no `wanted`."""
+    kind, _, model = name.partition(":")
+    if kind != "openai" or not model:
+        raise typer.BadParameter(f"{name!r} is no {wanted}", param_hint=option)
+    return model
 
 
 def judged_items(items: Sequence[Item], by: Judge, runs: int, name: str) -> list[Item]:

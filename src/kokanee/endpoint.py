@@ -29,6 +29,7 @@ from kokanee.formats import UTF8, mend_end, read_jsonl
 LONGEST_WAIT_S = 60.0
 SYNCED_EVERY_S = 1.0
 BUSY = frozenset((408, 409, 425, 429))
+NOT_THIS = frozenset((400, 413, 422))
 OPENAI = "https://api.openai.com/v1"
 Message = dict[str, Any]
 Job = TypeVar("Job")
@@ -219,24 +220,27 @@ class Asker:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     async def _ask(self, key: str, messages: list[Message], seed: int, schema: dict[str, Any] | None) -> Reply:
-        wait_s, reason = self.endpoint.wait_s, ""
-        for number in range(self.endpoint.attempts):
+        end, wait_s, reason = self.endpoint, self.endpoint.wait_s, ""
+        for number in range(end.attempts):
             if number:
                 await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
             self.check_budget()
             await self.turn()
+            form = self.schemas, self.limit
             try:
                 reply = await self._once(messages, seed, schema)
             except Refused as error:
                 reason = said(error)
-                if self.adapted(error, schema):
-                    continue
+                if self.adapted(error, schema) or form != (self.schemas, self.limit):
+                    continue  # also where another question has learnt meanwhile what the server wants
+                if error.status in NOT_THIS:
+                    raise Unanswered(f"{end.model} refuses a question: {reason}.") from error
                 if error.status < 500 and error.status not in BUSY:
                     raise self._refused(error) from error
                 wait_s = max(wait_s, error.retry_after_s)
             except asyncio.TimeoutError:
-                reason = f"nothing for {self.endpoint.timeout_s:g} s"
+                reason = f"nothing for {end.timeout_s:g} s"
             except (aiohttp.ClientError, ValueError) as error:
                 reason = said(error)
             else:
@@ -246,7 +250,7 @@ class Asker:
                     self.replies.put(key, reply)
                     return reply
                 reason = "an empty reply"
-        raise Unanswered(f"{self.endpoint.model} gave no answer in {self.endpoint.attempts} attempts (last: {reason}).")
+        raise Unanswered(f"{end.model} gave no answer in {end.attempts} attempts (last: {reason}).")
 
     def check_budget(self) -> None:
         """Raise `BudgetSpent` where a budget is used up."""

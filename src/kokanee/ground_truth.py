@@ -1,7 +1,7 @@
 """What is true of clips: atomic events of whole files and of their intervals, read from three kinds of files.
 
 - Kokanee's own, JSON lines: {"version": 1, "file", "start_s", "end_s", "events": [{"text", "kind"}, ...]}, where
-  `start_s` and `end_s` (seconds) are null for a whole file;
+  `start_s` and `end_s` (seconds) are null for a whole file (`kokanee events` adds where the events come from);
 - `samples.jsonl` of `kokanee world make`, whose scenes also say what is true of any interval;
 - the published test set's JSON: [{"video", "events": ["...", ...]}, ...].
 """
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kokanee.errors import KokaneeError
 from kokanee.events import AtomicEvent
 from kokanee.formats import read_jsonl
-from kokanee.predictions import FileNames, Prediction
+from kokanee.predictions import FileNames, Prediction, is_interval
 from kokanee.world.facts import Fact, exact
 from kokanee.world.make import scene_of
 
@@ -27,40 +27,59 @@ SAME_S = 0.1  # an interval's ends may differ by this: players and readers round
 
 @dataclass(frozen=True)
 class Truth:
-    """The events of a file or an interval (None and None: the whole); of the world also as facts."""
+    """The events of a file or an interval (None and None: the whole); of the world also as facts.
+
+    caption_sha256: the beginning of the hash of the caption that the events were made from, where they were.
+    """
 
     file: str
     events: tuple[AtomicEvent, ...]
     start_s: float | None = None
     end_s: float | None = None
     facts: tuple[Fact, ...] | None = None
+    caption_sha256: str | None = None
 
 
 class GroundTruth:
-    """All that is true of some files. `of` finds what a prediction is to be held against."""
+    """All that is true of some files. `of` finds what a prediction is to be held against.
+
+    Raises `KokaneeError` for two truths of the same file or interval: which of them counts, only the user knows.
+    """
 
     def __init__(self, truths: Sequence[Truth], samples: dict[str, dict[str, Any]] | None = None) -> None:
         self.truths, self.samples = list(truths), samples or {}
         self.names = FileNames(truth.file for truth in self.truths)
-        self._by_file: dict[str, list[Truth]] = {truth.file: [] for truth in self.truths}
+        self._by_file: dict[str, list[Truth]] = {}
         for truth in self.truths:
-            self._by_file[truth.file].append(truth)
+            if self.find(truth) is not None:
+                raise KokaneeError(f"There are events of {place(truth)} twice. Remove one of the two.")
+            self._by_file.setdefault(truth.file, []).append(truth)
 
     def of(self, prediction: Prediction) -> Truth | None:
         """What is true of the prediction's file or interval, None where it is not known."""
         file = self.names.same(prediction.file)
         if file is None:
             return None
-        found = [truth for truth in self._by_file[file] if alike(truth, prediction)]
-        if found or prediction.start_s is None or file not in self.samples:
-            return found[0] if found else None
+        prediction = replace(prediction, file=file)
+        found = self.find(prediction)
+        if found is not None or prediction.start_s is None or file not in self.samples:
+            return found
         return truth_of_sample(self.samples[file], prediction.start_s, prediction.end_s)
 
+    def find(self, item: Truth | Prediction) -> Truth | None:
+        """What is told of the file of exactly this name, and of the same interval."""
+        return next((truth for truth in self._by_file.get(item.file, ()) if alike(truth, item)), None)
 
-def alike(truth: Truth, prediction: Prediction) -> bool:
+
+def alike(one: Truth | Prediction, two: Truth | Prediction) -> bool:
     """Whether both are about the same interval."""
-    pairs = ((truth.start_s, prediction.start_s), (truth.end_s, prediction.end_s))
-    return all(one is two if one is None or two is None else abs(one - two) <= SAME_S for one, two in pairs)
+    pairs = ((one.start_s, two.start_s), (one.end_s, two.end_s))
+    return all(a is b if a is None or b is None else abs(a - b) <= SAME_S for a, b in pairs)
+
+
+def place(item: Truth | Prediction) -> str:
+    """A file, or an interval of it, for messages."""
+    return item.file if item.start_s is None else f"{item.file} from {item.start_s:g} to {item.end_s:g} s"
 
 
 def truth_of_sample(sample: dict[str, Any], start_s: float | None = None, end_s: float | None = None) -> Truth:
@@ -104,9 +123,26 @@ def read_published(path: Path) -> list[Truth]:
 
 
 def of_record(record: Any, where: str) -> Truth:
-    """One record of Kokanee's own format."""
-    known = isinstance(record, dict) and record.get("version") == VERSION and {"file", "events"} <= record.keys()
-    if not known or not all(isinstance(event, dict) and "text" in event for event in record["events"]):
+    """One record of Kokanee's own format. People edit them, so that a mistake is told with its line."""
+    if not isinstance(record, dict) or record.get("version") != VERSION or not {"file", "events"} <= record.keys():
         raise KokaneeError(f"{where} is no record of events in version {VERSION}. Give a file of events.")
-    events = tuple(AtomicEvent(event["text"], event.get("kind", "")) for event in record["events"])
-    return Truth(record["file"], events, record.get("start_s"), record.get("end_s"))
+    file, start_s, end_s, events = (record.get(name) for name in ("file", "start_s", "end_s", "events"))
+    if not isinstance(file, str) or not is_interval(start_s, end_s):
+        raise KokaneeError(f"{where}: no file's name, or no interval of seconds. Mend the line.")
+    if not isinstance(events, list) or not all(map(is_event, events)):
+        raise KokaneeError(f'{where}: events must be a list like [{{"text": "A dog runs", "kind": "seen"}}]. Mend it.')
+    made = tuple(AtomicEvent(event["text"], event.get("kind", "")) for event in events)
+    return Truth(file, made, start_s, end_s, caption_sha256=record.get("caption_sha256"))
+
+
+def is_event(event: Any) -> bool:
+    """Whether a value of a record is an event: a text that is not empty, of any kind or none."""
+    texts = isinstance(event, dict) and isinstance(event.get("text"), str) and isinstance(event.get("kind", ""), str)
+    return texts and bool(event["text"].strip())
+
+
+def record_of(truth: Truth, **more: Any) -> dict[str, Any]:
+    """The record that `of_record` reads; `more` is kept in it and read by nobody."""
+    events = [{"text": event.text, "kind": event.kind} for event in truth.events]
+    known = {"version": VERSION, "file": truth.file, "start_s": truth.start_s, "end_s": truth.end_s}
+    return known | more | {"caption_sha256": truth.caption_sha256, "events": events}

@@ -1,4 +1,4 @@
-"""What captioners said, read from their files: Kokanee's records, or the published result format."""
+"""Captions, read from their files: what captioners said, and what people wrote of the same clips."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kokanee.errors import KokaneeError
+from kokanee.formats import read_jsonl
 from kokanee.outputs import read_records
+
+ITEM_KEYS = frozenset(("caption", "conversations", "pred"))
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,17 @@ class Prediction:
 def read_predictions(path: Path) -> list[Prediction]:
     """All captions of a file, and an empty one for each file or interval that has none.
 
-    Reads the JSON lines of `kokanee caption`, and the list of the published evaluator: `[{"id": ["0.mp4"], "pred":
-    "..."}, ...]`. Raises `KokaneeError` for anything else.
+    Reads the JSON lines of `kokanee caption`, and items in a list or in JSON lines: of the published result format
+    (`{"id": ["0.mp4"], "pred": "..."}`), of the published test set (`{"video": "0.mp4", "conversations": [...]}`),
+    and plain ones (`{"file": "0.mp4", "caption": "..."}`, of an interval also "start_s" and "end_s"). Raises
+    `KokaneeError` for anything else.
     """
     if not path.is_file():
         raise KokaneeError(f"{path} is not there. Give a file of captions.")
     if path.suffix != ".json":
+        lines = read_jsonl(path)
+        if lines and isinstance(lines[0], dict) and not ITEM_KEYS.isdisjoint(lines[0]):
+            return [of_item(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
         return [made for record in read_records(path).values() for made in of_record(record)]
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -46,7 +54,7 @@ def read_predictions(path: Path) -> list[Prediction]:
         return of_record(found)
     if not isinstance(found, list):
         raise KokaneeError(f"{path} holds neither a record of captions nor a list of them. Give a file of captions.")
-    return [of_published(item, f"{path}, item {number}") for number, item in enumerate(found)]
+    return [of_item(item, f"{path}, item {number}") for number, item in enumerate(found)]
 
 
 def of_record(record: dict[str, Any]) -> list[Prediction]:
@@ -71,13 +79,41 @@ def of_record(record: dict[str, Any]) -> list[Prediction]:
     return made + [Prediction(file, "", part["start_s"], part["end_s"], reason=part["error"]) for part in failed]
 
 
-def of_published(item: Any, where: str) -> Prediction:
-    """One item of the published result format; its id is a file's name, alone or in a list."""
-    name = item.get("id") if isinstance(item, dict) else None
-    name = name[0] if isinstance(name, list) and len(name) == 1 else name
-    if not isinstance(name, str) or not isinstance(item.get("pred"), str):
-        raise KokaneeError(f'{where} is no caption. It must be like {{"id": ["0.mp4"], "pred": "A dog runs."}}.')
-    return Prediction(name, item["pred"], finished=bool(item.get("finished", True)))
+def of_item(item: Any, where: str) -> Prediction:
+    """One item of a list: of the published result format, of the published test set, or a plain one.
+
+    An id of the result format is a file's name, alone or in a list; of the test set, the caption is what "gpt" says.
+    """
+    item = item if isinstance(item, dict) else {}
+    if "caption" in item:
+        name, said = item.get("file"), item["caption"]
+    elif "conversations" in item:
+        name, said = item.get("video"), answer_of(item["conversations"])
+    else:
+        name, said = item.get("id"), item.get("pred")
+        name = name[0] if isinstance(name, list) and len(name) == 1 else name
+    start_s, end_s = item.get("start_s"), item.get("end_s")
+    if not isinstance(name, str) or not isinstance(said, str) or not is_interval(start_s, end_s):
+        raise KokaneeError(
+            f'{where} is no caption. It must be like {{"file": "0.mp4", "caption": "A dog runs."}}, of an interval '
+            'with "start_s": 0, "end_s": 10 as well, or like {"id": ["0.mp4"], "pred": "A dog runs."}.'
+        )
+    return Prediction(name, said, start_s, end_s, finished=bool(item.get("finished", True)))
+
+
+def answer_of(turns: Any) -> str | None:
+    """What is answered in a conversation of one question; None where it is none."""
+    turns = turns if isinstance(turns, list) else []
+    said = [turn.get("value") for turn in turns if isinstance(turn, dict) and turn.get("from") == "gpt"]
+    return said[0] if len(said) == 1 else None
+
+
+def is_interval(start_s: Any, end_s: Any) -> bool:
+    """Whether two values of a file are the ends of an interval in seconds, or both None: the whole file."""
+    if start_s is None and end_s is None:
+        return True
+    ends = [end for end in (start_s, end_s) if isinstance(end, int | float) and not isinstance(end, bool)]
+    return len(ends) == 2 and 0 <= ends[0] < ends[1] < float("inf")
 
 
 class FileNames:
