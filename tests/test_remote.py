@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
+import signal
 import subprocess
 import sys
+import time
 import wave
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from kokanee.captions import Decoding, Request
 from kokanee.cli import app
 from kokanee.endpoint import Endpoint
 from kokanee.errors import KokaneeError
@@ -161,6 +165,70 @@ def test_intervals_are_kept_when_a_run_is_stopped(served, media, tmp_path, monke
     assert len(server.requests) <= len(whole) + 2
 
 
+def test_a_reader_who_stops_between_two_captions_leaves_nothing_open(served, media, recwarn):
+    _, url = served
+    files = [Request(media / name) for name in ("first.mp4", "second.mp4", "silent.mp4")]
+    found = captioner(url).each(files, Decoding(), batch_size=2)
+    next(found)
+    found.close()
+    gc.collect()
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_intervals_are_printed_in_their_order_whatever_order_they_come_in(media):
+    def late_first(request) -> str:
+        text = request["messages"][0]["content"][0]["text"]
+        time.sleep(0.3 if text == "0:00.0" else 0.0)
+        return f"from {text}"
+
+    with serving(late_first) as (_, url):
+        words = ("--model", "openai:m", "--base-url", url, "--video-only", "--every", 1, "--batch-size", 5)
+        told = kk("caption", media / "first.mp4", *words).stdout
+    gc.collect()
+    said = [line.removeprefix("from ") for line in told.splitlines() if line.startswith("from")]
+    assert said == [f"0:0{number}.0" for number in range(5)]
+
+
+def test_as_many_questions_are_under_way_as_the_batch_is_large(served, media):
+    server, url = served
+    server.delay_s = 0.05
+    for n_samples, every_s in ((3, 0.5), (8, None)):
+        server.most_under_way = 0
+        how = {"n_samples": n_samples, "temperature": 1.0, "every_s": every_s, "batch_size": 3}
+        assert captioner(url).caption_files([media / "first.mp4"], None, **how).failed == {}
+        assert server.most_under_way == 3
+
+
+def test_a_file_that_cannot_be_read_stops_no_other(served, media, tmp_path):
+    server, url = served
+    bad, out = tmp_path / "bad.mp4", tmp_path / "out.jsonl"
+    bad.write_text("no video")
+    found = captioner(url).caption_files([media / "first.mp4", bad, media / "second.mp4"], out, batch_size=2)
+    assert found.captioned == 2 and list(found.failed) == [bad.as_posix()] and len(server.requests) == 2
+
+
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_command_that_is_killed_goes_on_and_asks_again_only_what_was_under_way(served, media, tmp_path, kind, code):
+    server, url = served
+    server.delay_s = 0.3
+    for number in range(8):
+        (tmp_path / f"{number}.mp4").write_bytes((media / "silent.mp4").read_bytes())
+    out = tmp_path / "out.jsonl"
+    words = ["caption", tmp_path, "--model", "openai:m", "--base-url", url, "--batch-size", 2, "--out", out]
+    command = [sys.executable, "-c", "from kokanee.cli import main; main()", *map(str, words)]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (out.is_file() and out.read_bytes().count(b"\n") > 2) and running.poll() is None:
+        time.sleep(0.01)
+    running.send_signal(kind)
+    _, errors = running.communicate(timeout=30)
+    assert running.returncode == code and "Traceback" not in errors and "Unclosed" not in errors
+    done = len(read_jsonl(out))
+    assert 3 <= done < 8
+    kk(*words)
+    assert len(read_records(out)) == 8 and len(server.requests) <= 8 + 2
+
+
 def test_records_of_another_model_or_with_other_frames_are_refused(served, media, tmp_path):
     _, url = served
     out = tmp_path / "out.jsonl"
@@ -175,9 +243,29 @@ def test_records_of_another_model_or_with_other_frames_are_refused(served, media
 def test_a_server_that_cannot_hear_is_told_with_the_remedy(served, media):
     server, url = served
     server.trouble = [status(400, message="input_audio is not supported")]
-    with pytest.raises(KokaneeError, match=r"seems to take no sound. Leave it out with --video-only"):
+    with pytest.raises(KokaneeError, match=r"does not take the sound. .*--video-only.*not supported 400"):
         captioner(url).caption(media / "first.mp4")
     assert len(server.requests) == 1
+
+
+def test_a_server_that_takes_fewer_pictures_is_told_with_the_remedies(served, media):
+    server, url = served
+    server.trouble = [status(400, message="At most 4 images may be given")] * 2
+    with pytest.raises(KokaneeError, match=r"does not take the pictures.*max_frames.*--audio-only.*At most 4"):
+        captioner(url).caption(media / "first.mp4")
+    with pytest.raises(KokaneeError, match=r"does not take the pictures.*max_frames") as told:
+        captioner(url).caption(media / "silent.mp4")
+    assert "--audio-only" not in str(told.value)
+
+
+@pytest.mark.parametrize("word", ["audio", "image"])
+def test_the_name_of_a_model_or_server_is_no_complaint(served, media, word):
+    server, url = served
+    server.trouble = [status(403)]
+    end = Endpoint(f"m-{word}", url + f"/{word}", attempts=1)
+    with pytest.raises(KokaneeError, match=f"refuses m-{word}") as told:
+        RemoteCaptioner(end).caption(media / "first.mp4")
+    assert "does not take" not in str(told.value)
 
 
 def test_the_key_is_sent_and_written_nowhere(served, media, tmp_path, monkeypatch):
@@ -222,6 +310,12 @@ def test_the_command_writes_what_it_writes_for_any_model(served, media, tmp_path
     kk(*words, "--set", "max_side=32")
     data = content(server)[1]["image_url"]["url"].split(",")[1]
     assert max(Image.open(io.BytesIO(base64.b64decode(data))).size) == 32
+
+
+def test_openai_itself_needs_a_key_before_anything_is_read(media, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr(RemoteCaptioner, "read", None)
+    assert "OPENAI_API_KEY is not set" in kk("caption", media / "first.mp4", "--model", "openai:m", code=1).stderr
 
 
 def read_times(path: Path, url: str) -> list[tuple[float, float]]:

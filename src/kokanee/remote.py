@@ -1,4 +1,4 @@
-"""Files -> captions by a server that speaks OpenAI's chat protocol, of sampled frames with their times and the sound.
+"""Files -> captions by a server that speaks OpenAI's chat protocol, of frames with their times and of the sound.
 
 captioner = RemoteCaptioner(Endpoint("gpt-4o"))
 print(captioner.caption("clip.mp4", use=("video",)).text)
@@ -13,7 +13,7 @@ import base64
 import io
 import os
 import wave
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,8 +62,8 @@ class FrameSettings(BaseModel):
 class RemoteCaptioner(FileCaptioner):
     """A model behind an endpoint; see `FileCaptioner`. At most `endpoint.concurrency` questions are under way.
 
-    Each sample is a question of its own. Above temperature 0 its seed of 31 bits follows from the given one, the file's
-    name, the part's start and the sample's number; how much of it the server heeds is the server's business.
+    Each sample is a question of its own. Above temperature 0 its seed of 31 bits follows from the given one, the
+    file's name, the part's start and the sample's number; whether the server heeds it is the server's business.
     """
 
     def __init__(self, endpoint: Endpoint, frames: FrameSettings | None = None) -> None:
@@ -110,7 +110,7 @@ class RemoteCaptioner(FileCaptioner):
     def each(
         self, requests: Iterable[Request], decoding: Decoding, n_samples: int = 1, batch_size: int = 1
     ) -> Iterator[tuple[Request, list[Caption] | KokaneeError]]:
-        """As the frame says, but `batch_size` questions are under way at any time, and one that waits holds up none."""
+        """As the frame says, but `batch_size` questions are under way at any time; one that waits holds up none."""
         return driven(self._answers(requests, self.prepare, decoding, n_samples, batch_size))
 
     async def _answers(
@@ -120,7 +120,7 @@ class RemoteCaptioner(FileCaptioner):
         decoding: Decoding,
         n_samples: int,
         concurrency: int,
-    ) -> AsyncIterator[tuple[Job, list[Caption] | KokaneeError]]:
+    ) -> AsyncGenerator[tuple[Job, list[Caption] | KokaneeError], None]:
         """Each job with its captions as they are done, or with why it has none."""
         how = {"temperature": decoding.temperature, "top_p": decoding.top_p, "max_tokens": decoding.max_new_tokens}
         free = asyncio.Semaphore(concurrency)
@@ -159,14 +159,18 @@ class RemoteCaptioner(FileCaptioner):
         )
 
     def _explained(self, error: str, sample: list[Message]) -> str:
-        """Why there was no answer, without the key, which a server may repeat; and what helps if it lacks a sense."""
+        """Why there was no answer, without a key that the server repeats, and what helps where a medium is refused."""
         if key := os.environ.get(self.endpoint.key_name):
             error = error.replace(key, "***")
-        sent, said = {part["type"] for part in sample[0]["content"]}, error.replace(self.endpoint.model, "").lower()
-        if {"input_audio", "image_url"} <= sent:
-            for word, sense, remedy in (("audio", "sound", "--video-only"), ("image", "pictures", "--audio-only")):
-                if word in said:
-                    return f"{self.name} seems to take no {sense}. Leave it out with {remedy}. (It said: {error})"
+        _, _, said = error.lower().partition(" status ")  # what stands before may name a model or a server
+        sent = {part["type"] for part in sample[0]["content"]}
+        both = {"input_audio", "image_url"} <= sent
+        if both and "audio" in said:
+            return f"{self.name} does not take the sound. Leave it out with --video-only. (It said: {error})"
+        if "image_url" in sent and "image" in said:
+            remedy = "Send fewer or smaller ones (--set max_frames=8, --set max_side=256)"
+            remedy += ", or leave them out with --audio-only" if both else ""
+            return f"{self.name} does not take the pictures. {remedy}. (It said: {error})"
         return error
 
 
@@ -177,8 +181,8 @@ def raised(found: Item | BaseException) -> Item:
     return found
 
 
-def driven(found: AsyncIterator[Item]) -> Iterator[Item]:
-    """The items of an asynchronous iterator, from an event loop of its own that stands still between them.
+def driven(found: AsyncGenerator[Item, None]) -> Iterator[Item]:
+    """The items of an asynchronous generator, from an event loop of its own that stands still between them.
 
     What is under way when no more items are wanted, or at Ctrl-C, is cancelled.
     """
@@ -192,6 +196,7 @@ def driven(found: AsyncIterator[Item]) -> Iterator[Item]:
             yield item
     finally:
         loop.run_until_complete(cancelled())
+        loop.run_until_complete(found.aclose())  # the loop knows only generators that were begun while it ran
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.run_until_complete(loop.shutdown_default_executor())
         loop.close()
