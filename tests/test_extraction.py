@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 import pytest
 
@@ -45,9 +46,13 @@ def asked(replies, caption="A dog runs and barks.", trouble=()):
             return error, server.requests
 
 
+PORTS: dict[Path, int] = {}
+
+
 def made(captions, out, answer=lambda request: json.dumps(GOOD), trouble=(), **end):
     """What `extract` returns or raises, and how often the server was asked."""
-    with serving(answer) as (server, url):
+    with serving(answer, PORTS.get(out, 0)) as (server, url):
+        PORTS[out] = int(url.split(":")[2].removesuffix("/v1"))  # the server of a file is the same in later runs
         server.trouble = list(trouble)
         asker = Asker(Endpoint("m", url, wait_s=0.01, attempts=3, **end), out.with_suffix(".replies.jsonl"))
         try:

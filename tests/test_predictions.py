@@ -10,7 +10,7 @@ import pytest
 from kokanee.errors import KokaneeError
 from kokanee.formats import append_jsonl
 from kokanee.outputs import caption_record, error_record
-from kokanee.predictions import FileNames, Prediction, read_predictions
+from kokanee.predictions import Cut, FileNames, Prediction, read_predictions
 
 
 def caption(text: str, start_s: float = 0.0, end_s: float = 5.0, sample: int = 0, finished: bool = True):
@@ -48,9 +48,10 @@ def test_a_file_or_an_interval_that_failed_is_an_empty_caption_with_its_reason(t
     half = record("0.mp4", caption("a", 0, 2), every_s=2.0) | {"error": "1 interval", "failed": failed}
     append_jsonl(tmp_path / "a.jsonl", [half, error_record(Path("1.mp4"), "no video")])
     found = read_predictions(tmp_path / "a.jsonl")
+    cut = Cut(every_s=2.0)
     assert found[1:] == [
-        Prediction("0.mp4", "", 2, 4, reason="damaged"),
-        Prediction("1.mp4", "", reason="no video"),
+        Prediction("0.mp4", "", 2, 4, reason="damaged", cut=cut),
+        Prediction("1.mp4", "", reason="no video", cut=cut),
     ]
 
 

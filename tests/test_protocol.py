@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from kokanee.protocol import (
     Reply,
     count_messages,
     cut_repetition,
+    cut_runs,
     list_messages,
     median_run,
     read_counts,
@@ -113,3 +116,13 @@ def test_a_caption_cannot_leave_its_marks(messages):
     inside = user["content"].split("<description>\n", 1)[1].split("\n</description>")[0]
     assert "Ignore the above" in inside and "1. A dog barks.\n2. It rains {hard}." in user["content"]
     assert "changes nothing" in system["content"]
+
+
+def test_repetition_is_cut_as_a_regular_expression_would():
+    rng = random.Random(0)
+    for _ in range(400):
+        units = ["".join(rng.choices("ab ", k=rng.randint(1, 6))) for _ in range(4)]
+        text = "".join(rng.choice(units) * rng.choice((1, 1, 2, 5, 9)) for _ in range(12))
+        long = re.sub(r"(.{7,}?)\1{3,}", r"\1", text, flags=re.DOTALL)
+        assert cut_runs(text, 7, 4) == long
+        assert cut_runs(text, 1, 5) == re.sub(r"(.+?)\1{4,}", r"\1", text, flags=re.DOTALL)

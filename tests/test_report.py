@@ -71,7 +71,7 @@ def test_the_page_has_every_number_and_every_caption():
     assert whole["said"]["good"]["counts"] == [1, 1, 0, 3] and whole["said"]["<bad>"]["hallucinated"] == [
         "A cat purrs."
     ]
-    assert part["part"] == "0 – 4 s" and "counts" not in part["said"]["<bad>"]
+    assert part["part"] == "0.0 – 4.0 s" and "counts" not in part["said"]["<bad>"]
     for rate in (66.7, 100.0, 33.3):
         assert f">{rate:.1f}<small>" in text
 

@@ -9,19 +9,20 @@ from itertools import pairwise
 
 import pytest
 
+from kokanee.captions import intervals
 from kokanee.endpoint import Asker, BudgetSpent, Endpoint
 from kokanee.errors import KokaneeError
 from kokanee.events import AtomicEvent, Counts, Rates
 from kokanee.formats import append_jsonl
 from kokanee.ground_truth import GroundTruth, Truth, read_ground_truth
 from kokanee.judges import Judgement, LanguageModelJudge
-from kokanee.predictions import Prediction
+from kokanee.predictions import Cut, Prediction
 from kokanee.scoring import ExactJudge, ModelJudge, judge_all, matched, scores
 from kokanee.world.facts import exact
 from kokanee.world.language import write
-from kokanee.world.make import MakeSettings, record
+from kokanee.world.make import MakeSettings, record, scene_of
 from kokanee.world.scene import sample_scene
-from model_server import serving
+from model_server import serving, status
 
 N_CLIPS = 12
 
@@ -100,11 +101,14 @@ def test_the_exact_judge_refuses_what_is_not_of_the_world():
         judge_all(matched([Prediction("a.mp4", "x")], truth)[0], ExactJudge())
 
 
-def by_model(server_answer, runs=3, **more):
+def by_model(server_answer, runs=3, trouble=(), **more):
     """Scores of two captions by a model judge whose replies this makes of the request."""
-    truth = GroundTruth([Truth(f"{n}.mp4", (AtomicEvent("A dog runs"), AtomicEvent("It barks"))) for n in "ab"])
+    truth = GroundTruth(
+        [Truth(f"{n}.mp4", (AtomicEvent("A dog runs", "seen"), AtomicEvent("It barks", "heard"))) for n in "ab"]
+    )
     items, _, _ = matched([Prediction("a.mp4", "A dog runs."), Prediction("b.mp4", "A cat.")], truth)
     with serving(server_answer) as (server, url):
+        server.trouble = list(trouble)
         asker = Asker(Endpoint("m", url, attempts=1, **more))
         return scores(judge_all(items, ModelJudge(LanguageModelJudge(asker)), runs)), server
 
@@ -122,8 +126,68 @@ def test_the_median_of_the_runs_is_reported():
 
 def test_a_caption_that_was_not_judged_stays_in_the_denominator():
     found, _ = by_model(lambda r: "no" if "A cat" in r["messages"][1]["content"] else reply(0), runs=1)
-    assert found.unjudged == 1 and found.rates.missed == 50.0
+    assert (
+        found.unjudged.total() == 1
+        and "cannot be read" in found.as_dict()["videos"][1]["reason"]
+        and found.rates.missed == 50.0
+    )
     assert found.as_dict()["videos"][1]["counts"] is None
+
+
+def test_a_judge_that_never_answers_ends_it_with_the_reason():
+    with pytest.raises(KokaneeError, match=r"None of the first 8 judgements could be had: m refuses a question.*no"):
+        by_model(lambda request: None, trouble=[status(400, message="no")] * 999, runs=9, concurrency=1)
+
+
+def test_a_quoted_number_does_not_hide_an_events_kind():
+    quoted = {"Missed Event": ["2. It barks."], "Incorrect Event": [], "Hallucination Event": []}
+    found, _ = by_model(lambda request: json.dumps({"Missed": 1, "Incorrect": 0, "Hallucination": 0, **quoted}), runs=1)
+    assert {kind: counts.missed for kind, counts in found.kinds.items()} == {"heard": 2, "seen": 0}
+
+
+def test_kinds_add_up_where_a_judgement_failed():
+    found, _ = by_model(lambda r: "no" if "A cat" in r["messages"][1]["content"] else reply(0), runs=1)
+    assert sum(counts.missed for counts in found.kinds.values()) == 2 and found.n_kinds == 2
+
+
+def cut_run(samples, every_s, stop=None, failed=()):
+    """Exact captions of every `every_s` seconds up to `stop`, and files without any."""
+    cut, made = Cut(every_s=every_s), []
+    for sample in samples:
+        if sample["file"] in failed:
+            made.append(Prediction(sample["file"], "", reason="damaged", cut=cut))
+            continue
+        for start_s, end_s in intervals(0.0, sample["duration_s"], every_s):
+            if stop is None or end_s <= stop:
+                said = write(exact(scene_of(sample), start_s, end_s), random.Random(0))
+                made.append(Prediction(sample["file"], said, start_s, end_s, cut=cut))
+    return made
+
+
+def test_intervals_that_a_run_did_not_reach_miss_everything(samples, truth):
+    wanted = sum(len(intervals(0.0, sample["duration_s"], 2.0)) for sample in samples)
+    _, all_told = scored(cut_run(samples, 2.0), truth)
+    assert all_told.rates.total == 0.0 and len(all_told.items) == wanted
+    whole, half = scored(cut_run(samples, 2.0, stop=2.0), truth)
+    assert len(half.items) == wanted and 0.0 < half.rates.missed < 100.0 and not whole.items
+    whole, one_failed = scored(cut_run(samples, 2.0, failed=[samples[0]["file"]]), truth)
+    assert len(one_failed.items) == wanted and one_failed.rates.missed > 0.0 and not whole.items
+    assert {item.prediction.reason for item in one_failed.items} == {"", "damaged"}
+    _, published = scored(cut_run(samples, 2.0, stop=2.0), truth, as_published=True)
+    assert published.rates.total == 0.0 and len(published.items) < wanted
+
+
+def test_as_published_an_empty_caption_counts_and_a_failed_one_does_not(samples, truth):
+    said = [Prediction(samples[0]["file"], ""), Prediction(samples[1]["file"], "", reason="damaged")]
+    found, _ = scored(said, truth, as_published=True)
+    assert len(found.items) == 1 and found.rates.missed == 100.0
+    with pytest.raises(KokaneeError, match="Nothing is left"):
+        matched(said[1:], truth, as_published=True)
+
+
+def test_two_captions_of_one_clip_are_told(samples, truth):
+    with pytest.raises(KokaneeError, match=r"a/00000.mp4 and b/00000.mp4 are both captions of 00000.mp4"):
+        matched([Prediction("a/00000.mp4", "x"), Prediction("b/00000.mp4", "y")], truth)
 
 
 def test_a_spent_budget_ends_it():

@@ -21,12 +21,18 @@ CAPTION = "A big green triangle is on the left and a small red star is at the to
         ("The triangle is on the left.", "triangle is on the left"),
         ("A bell sounds low.", "A low bell sounds"),
         ("A dog barks.", None),
+        ("on", "on"),
         ("", None),
     ],
 )
 def test_a_statement_is_found_where_the_caption_says_it(statement, words):
     place = place_of(statement, CAPTION)
     assert (None if place is None else CAPTION[slice(*place)]) == words
+
+
+def test_places_are_those_of_the_caption_whatever_letters_it_has():
+    assert place_of("a cat purrs", "İİİİ. A cat purrs. Category.") == (6, 17)
+    assert place_of("cat", "A category of its own.") is None
 
 
 def test_a_stretch_never_runs_across_sentences():

@@ -6,13 +6,12 @@ list, so there the unit is the caption: does it invent anything?
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from kokanee.events import Verdict, rates
+from kokanee.events import Verdict, plain, rates
 from kokanee.judges import Judgement
 from kokanee.scoring import Item
 
@@ -80,11 +79,6 @@ def agreement(items: Sequence[Item], others: Sequence[Item]) -> Agreement:
 def named(verdict: Verdict, name: str) -> set[str]:
     """The events that a verdict calls missed or incorrect."""
     return {plain(text) for text in (verdict.missed if name == "missed" else [w.event for w in verdict.incorrect])}
-
-
-def plain(text: str) -> str:
-    """An event without what judges change in quoting it: a number before it, case, spaces and the final point."""
-    return " ".join(re.sub(r"^\s*\d+[.)]\s+", "", text).lower().split()).rstrip(".")
 
 
 def total_of(judgements: Sequence[Judgement]) -> float:

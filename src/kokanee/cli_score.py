@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -96,11 +97,12 @@ def score(
         lines += [row(name, scope, result) for scope, result in made[name].items()]
     settings = {"judge": by.name, "as_published": as_published, "events": events.as_posix()}
     write_json(out / SCORES, {"version": VERSION, **settings, "systems": systems})
-    unjudged = sum(result.unjudged for scopes in made.values() for result in scopes.values())
+    unjudged = sum((result.unjudged for scopes in made.values() for result in scopes.values()), Counter[str]())
+    often = unjudged.most_common(1)[0][0] if unjudged else ""
     counted = "are left out" if as_published else "count as all missed"
     lost = (
-        f"{unjudged} judgements failed and {counted}. Where the server gave no reply, the same command asks again; "
-        "replies that cannot be read are kept: choose another model for these."
+        f"{unjudged.total()} judgements failed and {counted}. Most often: {often} Where the server gave no reply, the "
+        "same command asks again; replies that cannot be read are kept."
     )
     write_text(out / REPORT, page(made, by.name, events.as_posix(), as_published, lost if unjudged else ""))
     typer.echo("\n".join([*lines, *by_kind(made)]))
@@ -211,9 +213,11 @@ def judged_items(items: Sequence[Item], by: Judge, runs: int, name: str) -> list
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
-    """What captioners are called: their file's name, or its folder's too where that is not enough."""
-    stems = [path.stem for path in paths]
-    return [path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}" for path in paths]
+    """What captioners are called: their file's name, with as many folders before it as tell them apart."""
+    depth = max(len(path.parts) for path in paths)
+    ways = [["/".join(path.with_suffix("").parts[-count:]) for path in paths] for count in range(1, depth + 1)]
+    ways += [[path.as_posix() for path in paths]]
+    return next(names for names in ways if len(set(names)) == len(names))
 
 
 def row(name: str, scope: str, made: Scores) -> str:
@@ -236,8 +240,9 @@ def by_kind(made: dict[str, dict[str, Scores]]) -> list[str]:
     lines = ["", head, rule(head)]
     for name, scopes in made.items():
         for scope, result in scopes.items():
-            found = [rates([result.kinds[kind]]) if kind in result.kinds else None for kind in kinds]
-            cells = ["" if rated is None else f"{rated.missed:.1f}, {rated.incorrect:.1f}" for rated in found]
+            known = [kind in result.kinds and result.kinds[kind].n_events > 0 for kind in kinds]
+            found = [rates([result.kinds[kind]]) if there else None for kind, there in zip(kinds, known, strict=True)]
+            cells = ["–" if rated is None else f"{rated.missed:.1f}, {rated.incorrect:.1f}" for rated in found]
             lines.append(f"| {name} | {scope} | {' | '.join(cells)} |")
     return lines
 

@@ -14,7 +14,8 @@ import json
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -258,9 +259,9 @@ class Asker:
 
     async def _ask(self, key: str, messages: list[Message], seed: int, schema: dict[str, Any] | None) -> Reply:
         end, wait_s, pause_s, reason = self.endpoint, self.endpoint.wait_s, 0.0, ""
-        without = False  # a schema, for this question
-        for number in range(end.attempts):
-            if number:
+        without, failures = False, 0  # without: a schema, for this question
+        while failures < end.attempts:
+            if failures:
                 await asyncio.sleep(max(pause_s, wait_s * random.uniform(0.5, 1.0)))
                 wait_s, pause_s = min(2 * wait_s, LONGEST_WAIT_S), 0.0
             await self.turn()
@@ -270,14 +271,16 @@ class Asker:
             try:
                 reply = await self._once(messages, seed, sent)
             except Refused as error:
-                reason, pause_s = self.said(error), error.retry_after_s
                 if "max_completion_tokens" in error.text and limit == "max_tokens":
                     self.limit = "max_completion_tokens"  # what newer models of OpenAI call it
-                elif sent is not None and (error.status in NOT_THIS or "response_format" in error.text):
+                    continue
+                if sent is not None and (error.status in NOT_THIS or "response_format" in error.text):
                     without = True  # what is asked says the form in words too
-                elif error.status in NOT_THIS:
+                    continue
+                reason, pause_s = self.said(error), error.retry_after_s
+                if error.status in NOT_THIS:
                     raise Unanswered(f"{end.model} refuses a question: {reason}.") from error
-                elif error.status < 500 and (error.status not in BUSY or NO_CREDIT in error.text):
+                if error.status < 500 and (error.status not in BUSY or NO_CREDIT in error.text):
                     raise self._refused(error) from error
             except asyncio.TimeoutError:
                 reason = f"nothing for {end.timeout_s:g} s"
@@ -292,6 +295,7 @@ class Asker:
                 reason = "an empty reply"
             finally:
                 self._under_way -= 1
+            failures += 1
         raise Unanswered(f"{end.model} gave no answer in {end.attempts} attempts (last: {reason}).")
 
     def check_budget(self, messages: list[Message]) -> None:
@@ -414,7 +418,7 @@ def retry_after_s(headers: Mapping[str, str]) -> float:
 
 async def each(
     jobs: Iterable[Job], work: Callable[[Job], Awaitable[Result]], concurrency: int
-) -> AsyncIterator[tuple[Job, Result | KokaneeError]]:
+) -> AsyncGenerator[tuple[Job, Result | KokaneeError], None]:
     """Each job with its result as it is done, or the `KokaneeError` that it raised; `concurrency` jobs at a time.
 
     After `Stop` no job is begun any more; those under way are finished. Whoever takes no more cancels them.
@@ -449,3 +453,13 @@ async def each(
         for task in workers:
             task.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
+
+
+def run_async(work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of asynchronous work; where an event loop runs already, as in a notebook, from another thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()

@@ -99,18 +99,24 @@ def rates(counts: Iterable[Counts]) -> Rates:
 def by_kind(judged: Iterable[tuple[Sequence[AtomicEvent], Verdict]]) -> dict[str, Counts]:
     """Counts for each kind of ground-truth event. What is invented is of no event's kind, so it is 0 in each.
 
-    A verdict may name an event in other words than the ground truth; such events are counted as "other".
+    A verdict may quote an event with a number before it or in other letters; where its words are others than those of
+    the ground truth, it is counted as "other".
     """
     found: dict[str, Counts] = defaultdict(lambda: Counts(0, 0, 0, 0))
     for events, verdict in judged:
-        kinds = {event.text: event.kind or OTHER for event in events}
+        kinds = {plain(event.text): event.kind or OTHER for event in events}
         for event in events:
-            found[kinds[event.text]] += Counts(0, 0, 0, 1)
+            found[kinds[plain(event.text)]] += Counts(0, 0, 0, 1)
         for text in verdict.missed:
-            found[kinds.get(text, OTHER)] += Counts(1, 0, 0, 0)
+            found[kinds.get(plain(text), OTHER)] += Counts(1, 0, 0, 0)
         for wrong in verdict.incorrect:
-            found[kinds.get(wrong.event, OTHER)] += Counts(0, 1, 0, 0)
+            found[kinds.get(plain(wrong.event), OTHER)] += Counts(0, 1, 0, 0)
     return dict(found)
+
+
+def plain(text: str) -> str:
+    """An event without what judges change in quoting it: a number before it, case, spaces and the final point."""
+    return " ".join(re.sub(r"^\s*\d+[.)]\s+", "", text).lower().split()).rstrip(".")
 
 
 def interval(

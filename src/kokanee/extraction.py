@@ -6,15 +6,15 @@ reply is data: it is parsed and checked, and what does not fit is asked for agai
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kokanee.endpoint import Asker, BudgetSpent, Unanswered, each
+from kokanee.endpoint import Asker, Stop, Unanswered, each, run_async
 from kokanee.errors import KokaneeError
 from kokanee.events import AtomicEvent
 from kokanee.formats import append_jsonl, parsed
@@ -125,11 +125,11 @@ def extract(
 ) -> list[tuple[Prediction, Unanswered]]:
     """Add the events of captions to a file, each record as it is made. Returns which captions got none, and why.
 
-    `on_done` is told the number of captions after each. Raises `BudgetSpent` when what was under way is done, and
+    `on_done` is told the number of captions after each. Raises `Stop` when what was under way is done, and
     `KokaneeError` where the server refuses for good.
     """
     failed: list[tuple[Prediction, Unanswered]] = []
-    spent: list[BudgetSpent] = []
+    spent: list[Stop] = []
 
     async def work(caption: Prediction) -> tuple[AtomicEvent, ...]:
         return await events_of(caption.text, asker)
@@ -137,27 +137,28 @@ def extract(
     async def run() -> None:
         done = 0
         try:
-            async for caption, result in each(captions, work, asker.endpoint.concurrency):
-                if isinstance(result, BudgetSpent):
-                    spent.append(result)
-                    continue
-                if isinstance(result, Unanswered):
-                    failed.append((caption, result))
-                elif isinstance(result, KokaneeError):
-                    raise result
-                else:
-                    hashed = hash_of(caption.text)
-                    truth = Truth(caption.file, result, caption.start_s, caption.end_s, caption_sha256=hashed)
-                    append_jsonl(out, [record_of(truth, model=f"openai:{asker.endpoint.model}")])
-                done += 1
-                if on_done is not None:
-                    on_done(done)
+            async with aclosing(each(captions, work, asker.endpoint.concurrency)) as found:
+                async for caption, result in found:
+                    if isinstance(result, Stop):
+                        spent.append(result)
+                        continue
+                    if isinstance(result, Unanswered):
+                        failed.append((caption, result))
+                    elif isinstance(result, KokaneeError):
+                        raise result
+                    else:
+                        hashed = hash_of(caption.text)
+                        truth = Truth(caption.file, result, caption.start_s, caption.end_s, caption_sha256=hashed)
+                        append_jsonl(out, [record_of(truth, model=f"openai:{asker.endpoint.model}")])
+                    done += 1
+                    if on_done is not None:
+                        on_done(done)
         finally:
             await asker.close()
         if spent:
             raise spent[0]
 
-    asyncio.run(run())
+    run_async(run())
     return failed
 
 

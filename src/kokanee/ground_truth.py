@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kokanee.captions import intervals
 from kokanee.errors import KokaneeError
 from kokanee.events import AtomicEvent
 from kokanee.formats import read_jsonl
-from kokanee.predictions import FileNames, Prediction, is_interval
+from kokanee.predictions import Cut, FileNames, Prediction, is_interval
 from kokanee.world.facts import Fact, exact
 from kokanee.world.make import scene_of
 
@@ -65,6 +66,23 @@ class GroundTruth:
         if found is not None or prediction.start_s is None or file not in self.samples:
             return found
         return truth_of_sample(self.samples[file], prediction.start_s, prediction.end_s)
+
+    def parts(self, cut: Cut | None) -> list[Truth]:
+        """What is true of each interval that a run should have captioned.
+
+        These are the intervals that the ground truth has; of a clip of the world without any, those that follow from
+        how the run cuts it.
+        """
+        found = [truth for truth in self.truths if truth.start_s is not None]
+        have = {truth.file for truth in found}
+        for file, sample in self.samples.items() if cut is not None else ():
+            if file not in have and cut is not None:
+                start_s, length_s = cut.start_s or 0.0, sample["duration_s"]
+                stop_s = length_s if cut.end_s is None else min(cut.end_s, length_s)
+                whole = [(start_s, stop_s)] if start_s < stop_s else []
+                cuts = whole if cut.every_s is None or not whole else intervals(start_s, length_s, cut.every_s, stop_s)
+                found += [truth_of_sample(sample, *ends) for ends in cuts]
+        return found
 
     def find(self, item: Truth | Prediction) -> Truth | None:
         """What is told of the file of exactly this name, and of the same interval."""

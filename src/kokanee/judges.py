@@ -27,6 +27,7 @@ from kokanee.protocol import (
     verdict_of,
 )
 
+LARGER = "Choose a larger model, or one that holds to JSON."
 NUMBER: dict[str, Any] = {"type": "integer", "minimum": 0}
 TEXTS: dict[str, Any] = {"type": "array", "items": {"type": "string"}}
 
@@ -77,8 +78,10 @@ class LanguageModelJudge:
         if not said.strip() and not self.as_published:
             return judged(Verdict(tuple(texts), (), (), len(texts)))
         asked = list_messages(texts, said)
+        finished = True
         for attempt in range(1 + RETRIES):
-            reply = read_lists(await self.asker.ask(asked, run, attempt, LIST_SCHEMA))
+            answer = await self.asker.reply(asked, run, attempt, LIST_SCHEMA)
+            reply, finished = read_lists(answer.text), finished and answer.finished
             found = None if reply is None else self.taken(reply, texts)
             if found is not None:
                 return found
@@ -88,8 +91,8 @@ class LanguageModelJudge:
             if reply is not None:
                 return Judgement(Counts(reply.missed, reply.incorrect, reply.hallucinated, len(texts)), None)
         raise Unanswered(
-            f"{self.name} gave {1 + RETRIES + COUNT_RETRIES} replies that cannot be read. Choose a larger model, or "
-            "one that holds to JSON."
+            f"{self.name} gave {1 + RETRIES + COUNT_RETRIES} replies that cannot be read. "
+            + (LARGER if finished else "Some were cut off: raise --max-tokens.")
         )
 
     def taken(self, reply: Reply, events: Sequence[str]) -> Judgement | None:

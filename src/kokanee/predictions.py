@@ -16,10 +16,20 @@ ITEM_KEYS = frozenset(("caption", "conversations", "pred"))
 
 
 @dataclass(frozen=True)
+class Cut:
+    """Which parts of its files a run captions: `start_s` to `end_s` (None: either end), every `every_s` seconds."""
+
+    start_s: float | None = None
+    end_s: float | None = None
+    every_s: float | None = None
+
+
+@dataclass(frozen=True)
 class Prediction:
     """One caption of a file, or of its part from `start_s` to `end_s` (seconds; None and None: the whole).
 
-    text "": there is no caption, for `reason`. finished False: it was cut off before its end. sample: which of several.
+    text "" with a `reason`: there is no caption. finished False: it was cut off before its end. sample: which of
+    several. cut: of a run that captions parts; where it has no caption of any part of a file, the ends are None.
     """
 
     file: str
@@ -29,6 +39,7 @@ class Prediction:
     sample: int = 0
     finished: bool = True
     reason: str = ""
+    cut: Cut | None = None
 
 
 def read_predictions(path: Path) -> list[Prediction]:
@@ -45,25 +56,31 @@ def read_predictions(path: Path) -> list[Prediction]:
         lines = read_jsonl(path)
         if lines and isinstance(lines[0], dict) and not ITEM_KEYS.isdisjoint(lines[0]):
             return [of_item(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
-        return [made for record in read_records(path).values() for made in of_record(record)]
+        return of_records(list(read_records(path).values()))
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise KokaneeError(f"{path} is not JSON ({error}). Give a file of captions.") from error
     if isinstance(found, dict) and "file" in found and ("captions" in found or "error" in found):
-        return of_record(found)
+        return of_records([found])
     if not isinstance(found, list):
         raise KokaneeError(f"{path} holds neither a record of captions nor a list of them. Give a file of captions.")
     return [of_item(item, f"{path}, item {number}") for number, item in enumerate(found)]
 
 
-def of_record(record: dict[str, Any]) -> list[Prediction]:
+def of_records(records: Sequence[dict[str, Any]]) -> list[Prediction]:
+    """The captions of a run's records, whose settings are the same."""
+    settings = next((record["settings"] for record in records if "settings" in record), {})
+    cut: Cut | None = Cut(*(settings.get(name) for name in ("start_s", "end_s", "every_s")))
+    cut = None if cut == Cut() else cut
+    return [made for record in records for made in of_record(record, cut)]
+
+
+def of_record(record: dict[str, Any], cut: Cut | None) -> list[Prediction]:
     """The captions of one file's record."""
     file, reason = record["file"], record.get("error", "")
     if "captions" not in record:
-        return [Prediction(file, "", reason=reason)]
-    by_interval = record["settings"].get("every_s") is not None
-    cut = by_interval or any(record["settings"].get(name) is not None for name in ("start_s", "end_s"))
+        return [Prediction(file, "", reason=reason, cut=cut)]
     made = [
         Prediction(
             file,
@@ -72,11 +89,12 @@ def of_record(record: dict[str, Any]) -> list[Prediction]:
             caption["end_s"] if cut else None,
             caption["sample"],
             caption["finished"],
+            cut=cut,
         )
         for caption in record["captions"]
     ]
     failed = record.get("failed", ())
-    return made + [Prediction(file, "", part["start_s"], part["end_s"], reason=part["error"]) for part in failed]
+    return made + [Prediction(file, "", part["start_s"], part["end_s"], 0, True, part["error"], cut) for part in failed]
 
 
 def of_item(item: Any, where: str) -> Prediction:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import os
 import wave
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -71,7 +70,7 @@ class RemoteCaptioner(FileCaptioner):
         self.name, self.defaults = f"openai:{endpoint.model}", DEFAULTS
 
     def identity(self) -> dict[str, Any]:
-        return {"model": self.name, "processor": self.frames.model_dump(mode="json")}
+        return {"model": self.name, "server": self.endpoint.server, "processor": self.frames.model_dump(mode="json")}
 
     def read(self, request: Request) -> Clip:
         sampling = Sampling("salmonn2plus", self.frames.interval_s, 1, self.frames.max_frames)
@@ -159,9 +158,7 @@ class RemoteCaptioner(FileCaptioner):
         )
 
     def _explained(self, error: str, sample: list[Message]) -> str:
-        """Why there was no answer, without a key that the server repeats, and what helps where a medium is refused."""
-        if key := os.environ.get(self.endpoint.key_name):
-            error = error.replace(key, "***")
+        """Why there was no answer, and what helps where a medium is refused."""
         _, _, said = error.lower().partition(" status ")  # what stands before may name a model or a server
         sent = {part["type"] for part in sample[0]["content"]}
         both = {"input_audio", "image_url"} <= sent

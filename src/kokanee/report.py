@@ -14,6 +14,8 @@ from typing import Any
 
 import kokanee
 from kokanee.events import OTHER, rates
+from kokanee.formats import whole_text
+from kokanee.ground_truth import Truth, alike
 from kokanee.scoring import MEASURES, Item, Scores, verdict_of
 from kokanee.spans import marked
 
@@ -46,12 +48,12 @@ def page(systems: Systems, judge: str, events: str, as_published: bool = False, 
     for piece in rest:
         name, _, text = piece.partition("@-->")
         filled += [parts[name], text]
-    return "".join(filled)
+    return whole_text("".join(filled))
 
 
 def about(systems: Systems, judge: str, events: str, as_published: bool) -> str:
     """By whom, on what and by which rules it was judged."""
-    runs = max(len(made.runs) for scopes in systems.values() for made in scopes.values())
+    runs = max((len(made.runs) for scopes in systems.values() for made in scopes.values()), default=0)
     rules = (
         "as published: clips without a caption or a judgement are left out, numbers count whatever the lists say"
         if as_published
@@ -105,7 +107,7 @@ def table(systems: Mapping[str, Scores]) -> str:
             low, high = made.intervals[measure]
             cells.append(number(of(made.rates), f"{of(made.rates):.1f}<small>{low:.1f} – {high:.1f}</small>"))
         cells += [number(made.repetition, f"{made.repetition:.1f}"), number(made.words, f"{made.words:.1f}")]
-        rows.append(cells + ([number(made.unjudged)] if unjudged else []))
+        rows.append(cells + ([number(made.unjudged.total())] if unjudged else []))
     return grid(heads, rows)
 
 
@@ -120,11 +122,13 @@ def kinds(systems: Mapping[str, Scores]) -> str:
         n_events = max(made.kinds[kind].n_events for made in systems.values() if kind in made.kinds)
         cells = [cell(kind), number(n_events)]
         for made in systems.values():
-            rated = None if kind not in made.kinds else rates([made.kinds[kind]])
-            shown = (None, None) if rated is None else (rated.missed, rated.incorrect)
+            known = kind in made.kinds and made.kinds[kind].n_events > 0
+            shown = (rates([made.kinds[kind]]).missed, rates([made.kinds[kind]]).incorrect) if known else (None, None)
             cells += [number(value, "–" if value is None else f"{value:.1f}") for value in shown]
         rows.append(cells)
-    return f"<h3>By kind of event</h3>{grid(heads, rows)}"
+    some = [made.n_kinds for made in systems.values() if made.n_kinds < len(made.items)]
+    of = f" (of at least {min(some)} captions whose errors the judge names)" if some else ""
+    return f"<h3>By kind of event{of}</h3>{grid(heads, rows)}"
 
 
 def grid(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -143,35 +147,36 @@ def number(value: float | None, shown: str | None = None) -> str:
 
 def clips(systems: Systems, scopes: Sequence[str]) -> list[dict[str, Any]]:
     """Every file and interval with what each captioner said of it, for the page's script."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    found: dict[tuple[str, int], list[tuple[Truth, dict[str, Any]]]] = {}
     for name, made in systems.items():
         for scope in scopes:
             for item in made[scope].items if scope in made else ():
                 truth, prediction = item.truth, item.prediction
-                start_s, end_s = (None if s is None else round(s, 1) for s in (prediction.start_s, prediction.end_s))
-                clip = found.setdefault(
-                    (truth.file, start_s, end_s, prediction.sample),
-                    {
+                others = found.setdefault((truth.file, prediction.sample), [])
+                clip = next((clip for other, clip in others if alike(other, truth)), None)
+                if clip is None:
+                    clip = {
                         "file": truth.file,
-                        "part": part_of(start_s, end_s, prediction.sample),
+                        "part": part_of(truth.start_s, truth.end_s, prediction.sample),
                         "events": [[event.text, event.kind] for event in truth.events],
                         "said": {},
-                    },
-                )
+                    }
+                    others.append((truth, clip))
                 clip["said"][name] = said_of(item, made[scope].median_run)
-    return list(found.values())
+    return [clip for clips_of_file in found.values() for _, clip in clips_of_file]
 
 
 def part_of(start_s: float | None, end_s: float | None, sample: int) -> str:
     """What is told beside a file's name: the interval, and which of several captions."""
-    part = "" if start_s is None else f"{start_s:g} – {'end' if end_s is None else f'{end_s:g}'} s"
+    part = "" if start_s is None or end_s is None else f"{start_s:.1f} – {end_s:.1f} s"
     return ", ".join(filter(None, [part, f"caption {sample + 1}" if sample else ""]))
 
 
 def said_of(item: Item, run: int) -> dict[str, Any]:
     """A caption in marked pieces and the verdict on it."""
     judgement, verdict = item.judgements[run], verdict_of(item, run)
-    told: dict[str, Any] = {"reason": item.prediction.reason, "pieces": [[item.prediction.text, "", ""]]}
+    reason = item.prediction.reason or (item.failures[run] if item.failures else "")
+    told: dict[str, Any] = {"reason": reason, "pieces": [[item.prediction.text, "", ""]]}
     if judgement is not None:
         counts = judgement.counts
         told["counts"] = [counts.missed, counts.incorrect, counts.hallucinated, counts.n_events]

@@ -6,20 +6,22 @@ judge could not be brought to judge. `as_published` leaves both out, as the publ
 
 from __future__ import annotations
 
-import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
-from kokanee.endpoint import BudgetSpent, Unanswered, each
+from kokanee.endpoint import Stop, Unanswered, each, run_async
 from kokanee.errors import KokaneeError
 from kokanee.events import Counts, Rates, Verdict, by_kind, interval, rates, repetition_rate
-from kokanee.ground_truth import GroundTruth, Truth
+from kokanee.ground_truth import GroundTruth, Truth, alike, place
 from kokanee.judges import Judgement, LanguageModelJudge, judged
 from kokanee.predictions import Prediction
 from kokanee.protocol import median_run
 from kokanee.world.score import judge as judge_exactly
 
+FEWEST_FAILURES = 8
 MEASURES: dict[str, Callable[[Rates], float]] = {
     "missed": lambda r: r.missed,
     "incorrect": lambda r: r.incorrect,
@@ -72,11 +74,15 @@ class ModelJudge:
 
 @dataclass(frozen=True)
 class Item:
-    """A caption with what it is held against, and its judgement in each run (None: the judge gave none)."""
+    """A caption with what it is held against, and its judgement in each run.
+
+    A judgement that could not be had is None; `failures` says why, and is "" for the others.
+    """
 
     prediction: Prediction
     truth: Truth
     judgements: list[Judgement | None] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -89,9 +95,10 @@ class Scores:
     runs: list[Rates]
     median_run: int
     kinds: dict[str, Counts]
+    n_kinds: int
     repetition: float
     words: float
-    unjudged: int
+    unjudged: Counter[str]
 
     def as_dict(self) -> dict[str, Any]:
         """For scores.json: all numbers, and every caption with its verdict in the median run."""
@@ -106,7 +113,9 @@ class Scores:
             "kinds": {kind: asdict(counts) for kind, counts in sorted(self.kinds.items())},
             "repetition": self.repetition,
             "words": self.words,
-            "unjudged": self.unjudged,
+            "kinds_of": self.n_kinds,
+            "unjudged": self.unjudged.total(),
+            "unjudged_reasons": dict(self.unjudged.most_common()),
             "videos": [video_of(item, self.median_run) for item in self.items],
         }
 
@@ -116,36 +125,65 @@ def matched(
 ) -> tuple[list[Item], list[Item], list[Prediction]]:
     """Global and local items, and the predictions of which nothing is known.
 
-    A file of the ground truth without any prediction gets an empty one, unless `as_published`. Raises `KokaneeError`
-    where no prediction belongs to the ground truth.
+    A file or interval of the ground truth without any prediction gets an empty one; `as_published` leaves out what has
+    no caption. Raises `KokaneeError` where no prediction belongs to the ground truth, and where two are of the same.
     """
-    pairs = [(prediction, truth.of(prediction)) for prediction in predictions]
-    unknown = [prediction for prediction, found in pairs if found is None]
-    items = [Item(prediction, found) for prediction, found in pairs if found is not None]
-    if not items:
+    items: dict[tuple[str, float | None, float | None, int], Item] = {}
+    unknown: list[Prediction] = []
+    reasons: dict[str, str] = {}
+    for prediction in predictions:
+        file, found = truth.names.same(prediction.file), truth.of(prediction)
+        if file is not None and prediction.cut is not None and prediction.start_s is None:
+            reasons[file] = prediction.reason  # a file without a caption of any of its parts
+        elif found is None:
+            unknown.append(prediction)
+        else:
+            key = (found.file, found.start_s, found.end_s, prediction.sample)
+            if key in items:
+                one, two = items[key].prediction.file, prediction.file
+                raise KokaneeError(
+                    f"{one} and {two} are both captions of {place(found)} in the ground truth. Remove one of the two."
+                )
+            items[key] = Item(prediction, found)
+    if not items and not reasons:
         raise KokaneeError(
             "None of the captions belongs to a file of the ground truth. Check that both are of the same."
         )
+    cut = next((prediction.cut for prediction in predictions if prediction.cut is not None), None)
+    whole = [item for item in items.values() if item.prediction.start_s is None]
+    parts = [item for item in items.values() if item.prediction.start_s is not None]
     if as_published:
-        items = [item for item in items if item.prediction.text]
-    whole = [item for item in items if item.prediction.start_s is None]
-    parts = [item for item in items if item.prediction.start_s is not None]
-    if whole and not as_published:
-        told = {item.truth.file for item in whole}
-        silent = [found for found in truth.truths if found.start_s is None and found.file not in told]
-        whole += [Item(Prediction(found.file, "", reason="no caption"), found) for found in silent]
+        whole, parts = ([item for item in some if not item.prediction.reason] for some in (whole, parts))
+        if not whole and not parts:
+            raise KokaneeError("No file has a caption, and as published such files are left out. Nothing is left.")
+        return whole, parts, unknown
+    if whole:
+        whole += silent(whole, [found for found in truth.truths if found.start_s is None], reasons)
+    if parts or cut is not None:
+        parts += silent(parts, truth.parts(cut), reasons)
     return whole, parts, unknown
+
+
+def silent(items: Sequence[Item], truths: Sequence[Truth], reasons: dict[str, str]) -> list[Item]:
+    """An item without a caption for everything that none of the items is about."""
+    told: dict[str, list[Truth]] = {}
+    for item in items:
+        told.setdefault(item.truth.file, []).append(item.truth)
+    left = [truth for truth in truths if not any(alike(truth, other) for other in told.get(truth.file, ()))]
+    why = {truth.file: reasons.get(truth.file) or "no caption" for truth in left}
+    return [Item(Prediction(t.file, "", t.start_s, t.end_s, reason=why[t.file]), t) for t in left]
 
 
 def judge_all(
     items: Sequence[Item], judge: Judge, runs: int = 1, on_judged: Callable[[int], None] | None = None
 ) -> list[Item]:
-    """The items with their judgements in `runs` runs. Raises `BudgetSpent`, and what is wrong with the question.
+    """The items with their judgements in `runs` runs. Raises `Stop`, and what is wrong with the question.
 
+    It also stops where none of the first judgements, twice as many as are asked for at a time, could be had.
     `on_judged` is told the number of judgements after each.
     """
-    found: dict[tuple[int, int], Judgement | None] = {}
-    spent: list[BudgetSpent] = []
+    found: dict[tuple[int, int], Judgement | str] = {}
+    stopped: list[Stop] = []
 
     async def work(job: tuple[int, int]) -> Judgement:
         item = items[job[0]]
@@ -153,25 +191,36 @@ def judge_all(
 
     async def run() -> None:
         jobs = [(number, seed) for seed in range(runs) for number in range(len(items))]
+        hopeless = max(FEWEST_FAILURES, 2 * judge.concurrency)
         try:
-            async for job, result in each(jobs, work, judge.concurrency):
-                if isinstance(result, BudgetSpent):
-                    spent.append(result)  # what is under way is still finished
-                    continue
-                if isinstance(result, KokaneeError) and not isinstance(result, Unanswered):
-                    raise result
-                found[job] = None if isinstance(result, Unanswered) else result
-                if on_judged is not None:
-                    on_judged(len(found))
+            async with aclosing(each(jobs, work, judge.concurrency)) as done:
+                async for job, result in done:
+                    if isinstance(result, Stop):
+                        stopped.append(result)  # what is under way is still finished
+                        continue
+                    if isinstance(result, KokaneeError) and not isinstance(result, Unanswered):
+                        raise result
+                    found[job] = str(result) if isinstance(result, Unanswered) else result
+                    if len(found) == hopeless and all(isinstance(failure, str) for failure in found.values()):
+                        raise KokaneeError(f"None of the first {hopeless} judgements could be had: {found[job]}")
+                    if on_judged is not None:
+                        on_judged(len(found))
         finally:
             await judge.close()
-        if spent:
-            raise spent[0]
+        if stopped:
+            raise stopped[0]
 
-    asyncio.run(run())
-    return [
-        replace(item, judgements=[found[number, seed] for seed in range(runs)]) for number, item in enumerate(items)
-    ]
+    run_async(run())
+    return [judged_item(item, [found[number, seed] for seed in range(runs)]) for number, item in enumerate(items)]
+
+
+def judged_item(item: Item, results: Sequence[Judgement | str]) -> Item:
+    """An item with its judgements, or why it has none."""
+    return replace(
+        item,
+        judgements=[None if isinstance(result, str) else result for result in results],
+        failures=[result if isinstance(result, str) else "" for result in results],
+    )
 
 
 def scores(items: Sequence[Item], as_published: bool = False) -> Scores:
@@ -183,7 +232,9 @@ def scores(items: Sequence[Item], as_published: bool = False) -> Scores:
     by_file: dict[str, Counts] = {}
     for item, counts in zip(items, by_run[middle] if by_run else [], strict=True):
         by_file[item.truth.file] = by_file.get(item.truth.file, Counts(0, 0, 0, 0)) + counts
-    verdicts = [(item.truth.events, verdict_of(item, middle)) for item in items]
+    # An item whose errors are known by number only is in no kind; one that was not judged misses all its events.
+    verdicts = [(item.truth.events, known_of(item, middle, as_published)) for item in items] if runs else []
+    named = [(events, verdict) for events, verdict in verdicts if verdict is not None]
     texts = [item.prediction.text for item in items]
     return Scores(
         list(items),
@@ -191,10 +242,11 @@ def scores(items: Sequence[Item], as_published: bool = False) -> Scores:
         {name: interval(list(by_file.values()), of) for name, of in MEASURES.items()},
         rated,
         middle,
-        by_kind((events, verdict) for events, verdict in verdicts if verdict is not None),
+        by_kind(named),
+        len(named),
         100.0 * sum(map(repetition_rate, texts)) / max(1, len(texts)),
         sum(len(text.split()) for text in texts) / max(1, len(texts)),
-        sum(judgement is None for item in items for judgement in item.judgements),
+        Counter(failure for item in items for failure in item.failures if failure),
     )
 
 
@@ -204,6 +256,13 @@ def counts_of(item: Item, run: int, as_published: bool) -> Counts:
     if judgement is not None:
         return judgement.counts
     return Counts(0, 0, 0, 0) if as_published else Counts(n_events, 0, 0, n_events)
+
+
+def known_of(item: Item, run: int, as_published: bool) -> Verdict | None:
+    """The verdict that counts for the kinds of events: of an item that was not judged, that it misses all."""
+    if item.judgements[run] is None and not as_published:
+        return Verdict(tuple(event.text for event in item.truth.events), (), (), len(item.truth.events))
+    return verdict_of(item, run)
 
 
 def verdict_of(item: Item, run: int) -> Verdict | None:
@@ -222,7 +281,7 @@ def video_of(item: Item, run: int) -> dict[str, Any]:
         "end_s": prediction.end_s,
         "sample": prediction.sample,
         "caption": prediction.text,
-        "reason": prediction.reason,
+        "reason": prediction.reason or (item.failures[run] if item.failures else ""),
         "counts": None if judgement is None else asdict(judgement.counts),
         "missed": None if verdict is None else list(verdict.missed),
         "incorrect": None if verdict is None else [asdict(wrong) for wrong in verdict.incorrect],

@@ -37,10 +37,11 @@ def place_of(statement: str, caption: str, alike: float = ALIKE) -> tuple[int, i
     Likeness is the F1 of the words that both have, common little words counting a quarter.
     """
     wanted = statement.strip().strip(".!?\"'")
-    found = caption.lower().find(wanted.lower()) if wanted else -1
-    if found >= 0:
-        return found, found + len(wanted)
+    found = re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", caption, re.IGNORECASE) if wanted else None
+    if found is not None:
+        return found.span()
     said = Counter(word.lower() for word in WORD.findall(statement))
+    whole = sum(weight(word) * count for word, count in said.items())
     best, place = alike, None
     for sentence in SENTENCE.finditer(caption):
         words = [(match.group().lower(), match.span()) for match in WORD.finditer(caption, *sentence.span())]
@@ -50,10 +51,12 @@ def place_of(statement: str, caption: str, alike: float = ALIKE) -> tuple[int, i
             left, shared, length = Counter(said), 0.0, 0.0
             for word, (_, end) in words[start:]:
                 length += weight(word)
+                if 2 * whole / (length + whole) <= best:
+                    break  # longer stretches can only be less alike
                 if left[word]:
                     left[word] -= 1
                     shared += weight(word)
-                    likeness = 2 * shared / (length + sum(weight(each) * count for each, count in said.items()))
+                    likeness = 2 * shared / (length + whole)
                     if likeness > best:
                         best, place = likeness, (begin, end)
     return place
