@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gc
 import io
@@ -111,6 +112,15 @@ def test_samples_are_questions_of_their_own_that_come_again_with_the_same_seeds(
     assert {request["temperature"] for request in server.requests} == {1.0}
     assert captioner(url).samples(media / "first.mp4", 2, seed=7) == one[:2]
     assert captioner(url).samples(media / "first.mp4", 4, seed=8) != one
+
+
+def test_captions_are_made_inside_a_running_event_loop_too(served, media):
+    _, url = served
+
+    async def notebook():
+        return captioner(url).batch([media / "first.mp4", media / "second.mp4"])
+
+    assert asyncio.run(notebook()) == captioner(url).batch([media / "first.mp4", media / "second.mp4"])
 
 
 def test_a_caption_that_was_cut_off_says_so(served, media):

@@ -73,7 +73,7 @@ def test_the_page_has_every_number_and_every_caption():
     ]
     assert part["part"] == "0.0 – 4.0 s" and "counts" not in part["said"]["<bad>"]
     for rate in (66.7, 100.0, 33.3):
-        assert f">{rate:.1f}<small>" in text
+        assert f">{rate:.1f}</td>" in text
 
 
 def test_what_captions_hold_is_text():

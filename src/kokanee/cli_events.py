@@ -66,7 +66,7 @@ def events(
         say(f"To have them made again, delete their lines in {out}.")
     asker = Asker(endpoint, out.with_suffix(".replies.jsonl"))
     try:
-        with bar() as progress:
+        with bar(hidden=not todo.missing) as progress:
             task = progress.add_task(out.stem, total=len(todo.missing))
             failed = extract(todo.missing, asker, out, lambda done: progress.update(task, completed=done))
     finally:

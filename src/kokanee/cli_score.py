@@ -22,6 +22,7 @@ REPLIES = "replies.jsonl"
 SCORES = "scores.json"
 REPORT = "report.html"
 AGREEMENT = "agreement.json"
+OF_MODELS = ("base_url", "per_minute", "budget_tokens", "budget_money", "prices")
 COLUMNS = ("missed", "incorrect", "hallucinated", "hall", "total")
 HEAD = "| captioner | | captions | Miss | Incorrect | Hallucinated | Hall | Total | repetition | words |"
 
@@ -70,29 +71,44 @@ def score(
     same --out asks a model nothing that it has answered.
     """
     check_writable(out / SCORES)
-    from kokanee.ground_truth import read_ground_truth
+    from kokanee.ground_truth import place, read_ground_truth
     from kokanee.predictions import read_predictions
     from kokanee.report import page
     from kokanee.scoring import matched, scores
 
     truth = read_ground_truth(events)
     predictions = list(dict.fromkeys(predictions))
-    matching = {path: matched(read_predictions(path), truth, as_published) for path in predictions}
+    matching = {}
+    for path in predictions:
+        found = read_predictions(path)
+        try:
+            matching[path] = matched(found, truth, as_published)
+        except KokaneeError as error:
+            raise KokaneeError(f"{path}: {error}") from error
     asking = asked_by(base_url, concurrency, max_tokens, requests_per_minute, budget_tokens, budget_money, prices)
     by, runs = chosen(judge, asking, out / REPLIES, as_published, runs)
     systems, lines, made = [], [HEAD, rule(HEAD)], {}
     for name, (path, (whole, parts, unknown)) in zip(names_of(predictions), matching.items(), strict=True):
         if unknown:
-            say(f"{path}: of {len(unknown)} captions nothing is known (such as of {unknown[0].file}); left out")
+            such = place(unknown[0])
+            say(f"{path}: {len(unknown)} captions of which {events} says nothing are left out (such as of {such})")
         silent = sum(not item.prediction.text for item in (*whole, *parts))
         if silent:
             say(f"{path}: {silent} files or intervals have no caption, and miss everything")
+        if as_published:
+            say(f"{path}: as published, only the {len(whole) + len(parts)} captions count that there are")
         made[name] = {
             scope: scores(judged_items(items, by, runs, name), as_published)
             for scope, items in (("global", whole), ("local", parts))
             if items
         }
         found = {scope: result.as_dict() for scope, result in made[name].items()}
+        unread = sum(result.n_unread for result in made[name].values()) if judge == "exact" else 0
+        if unread:
+            say(
+                f"{path}: {unread} captions have sentences that the exact judge cannot read, each counted as "
+                "hallucinated; of free wording --judge openai:MODEL is a fairer judge"
+            )
         systems.append({"name": name, "file": path.as_posix(), **found})
         lines += [row(name, scope, result) for scope, result in made[name].items()]
     settings = {"judge": by.name, "as_published": as_published, "events": events.as_posix()}
@@ -132,6 +148,7 @@ def agree(
 
     Cohen's kappa of what is missed, incorrect and hallucinated, and the rank correlation of captions' total errors.
     """
+    model_of(judge, "--judge", "model; give openai:MODEL")
     check_writable(out / AGREEMENT)
     from kokanee.agreement import agreement, as_table
     from kokanee.ground_truth import read_ground_truth
@@ -163,6 +180,8 @@ def asked_by(
     prices: str | None,
 ) -> dict[str, Any]:
     """How a model is asked, as `Endpoint` wants it. Raises a usage error for prices that are none."""
+    if budget_money is not None and prices is None:
+        raise typer.BadParameter("needs --prices, of a million tokens in and out", param_hint="--budget-money")
     try:
         price_in, price_out = map(float, prices.split(",")) if prices is not None else (0.0, 0.0)
     except ValueError:
@@ -185,6 +204,10 @@ def chosen(
     from kokanee.scoring import ExactJudge, ModelJudge
 
     if judge == "exact":
+        given = [name for name in OF_MODELS if asking[name] is not None]
+        if given:
+            option = "--" + given[0].replace("per_minute", "requests_per_minute").replace("_", "-")
+            raise typer.BadParameter("says nothing about the exact judge; give --judge openai:MODEL", param_hint=option)
         return ExactJudge(), runs or 1
     model = model_of(judge, "--judge", "judge; give exact or openai:MODEL")
     from kokanee.endpoint import Asker, Endpoint
@@ -225,8 +248,9 @@ def row(name: str, scope: str, made: Scores) -> str:
     told = made.as_dict()
     cells = [f"{told['rates'][column]:.1f}" for column in COLUMNS]
     low, high = made.intervals["total"]
-    cells[-1] += f" ({low:.1f} to {high:.1f})"
-    return f"| {name} | {scope} | {len(made.items)} | {' | '.join(cells)} | {made.repetition:.1f} | {made.words:.1f} |"
+    cells[-1] += f" ({low:.1f} to {high:.1f})" if made.n_files > 1 else ""
+    captions = f"{made.n_told} of {len(made.items)}" if made.n_told < len(made.items) else made.n_told
+    return f"| {name} | {scope} | {captions} | {' | '.join(cells)} | {made.repetition:.1f} | {made.words:.1f} |"
 
 
 def by_kind(made: dict[str, dict[str, Scores]]) -> list[str]:

@@ -361,7 +361,12 @@ class Asker:
         async with self.session.post(f"{end.address}/chat/completions", json=asked) as reply:
             if reply.status != 200:
                 raise Refused(reply.status, error_text(await reply.text()), retry_after_s(reply.headers))
-            return read_completion(json.loads(await reply.read()))
+            body = await reply.read()
+            try:
+                found = json.loads(body)
+            except ValueError:
+                raise ValueError(f"no JSON, but {body[:60]!r}") from None
+            return read_completion(found)
 
     def _refused(self, error: Refused) -> Stop:
         return Stop(
@@ -455,11 +460,18 @@ async def each(
         await asyncio.gather(*workers, return_exceptions=True)
 
 
-def run_async(work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of asynchronous work; where an event loop runs already, as in a notebook, from another thread."""
+def running() -> bool:
+    """Whether an event loop runs in this thread."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
+        return False
+    return True
+
+
+def run_async(work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of asynchronous work; where an event loop runs already, as in a notebook, from another thread."""
+    if not running():
         return asyncio.run(work)
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, work).result()

@@ -12,6 +12,7 @@ from kokanee.errors import KokaneeError
 from kokanee.formats import read_jsonl
 from kokanee.outputs import read_records
 
+NOT_READ = (".srt", ".vtt", ".txt")
 ITEM_KEYS = frozenset(("caption", "conversations", "pred"))
 
 
@@ -51,9 +52,14 @@ def read_predictions(path: Path) -> list[Prediction]:
     `KokaneeError` for anything else.
     """
     if not path.is_file():
-        raise KokaneeError(f"{path} is not there. Give a file of captions.")
+        problem = "is a folder" if path.is_dir() else "is not there"
+        raise KokaneeError(f"{path} {problem}. Give a file of captions.")
+    if path.suffix in NOT_READ:
+        raise KokaneeError(f"{path} holds captions in a form that is not read. Give the captions.jsonl of the run.")
     if path.suffix != ".json":
         lines = read_jsonl(path)
+        if not lines:
+            raise KokaneeError(f"{path} holds no captions. Give a file of captions.")
         if lines and isinstance(lines[0], dict) and not ITEM_KEYS.isdisjoint(lines[0]):
             return [of_item(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
         return of_records(list(read_records(path).values()))

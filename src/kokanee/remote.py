@@ -12,8 +12,10 @@ import asyncio
 import base64
 import io
 import wave
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kokanee.captions import Caption, Decoding, FileCaptioner, Medium, Prepared, Request, stream_seed
 from kokanee.defaults import Defaults
-from kokanee.endpoint import Asker, Endpoint, Message, each
+from kokanee.endpoint import Asker, Endpoint, Message, each, running
 from kokanee.errors import KokaneeError, reasons
 from kokanee.media import Clip, read_clip
 from kokanee.sampling import RATE_HZ, Sampling
@@ -181,22 +183,30 @@ def raised(found: Item | BaseException) -> Item:
 def driven(found: AsyncGenerator[Item, None]) -> Iterator[Item]:
     """The items of an asynchronous generator, from an event loop of its own that stands still between them.
 
-    What is under way when no more items are wanted, or at Ctrl-C, is cancelled.
+    What is under way when no more items are wanted, or at Ctrl-C, is cancelled. Where an event loop runs already, as
+    in a notebook, this one runs in a thread.
     """
     loop = asyncio.new_event_loop()
-    try:
-        while True:
-            try:
-                item = loop.run_until_complete(anext(found))
-            except StopAsyncIteration:
-                return
-            yield item
-    finally:
-        loop.run_until_complete(cancelled())
-        loop.run_until_complete(found.aclose())  # the loop knows only generators that were begun while it ran
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.run_until_complete(loop.shutdown_default_executor())
-        loop.close()
+    with ThreadPoolExecutor(1) as pool:
+        run = partial(in_thread, pool, loop) if running() else loop.run_until_complete
+        try:
+            while True:
+                try:
+                    item = run(anext(found))
+                except StopAsyncIteration:
+                    return
+                yield item
+        finally:
+            run(cancelled())
+            run(found.aclose())  # the loop knows only generators that were begun while it ran
+            run(loop.shutdown_asyncgens())
+            run(loop.shutdown_default_executor())
+            loop.close()
+
+
+def in_thread(pool: ThreadPoolExecutor, loop: asyncio.AbstractEventLoop, work: Awaitable[Item]) -> Item:
+    """The result of asynchronous work in an event loop that runs in a pool's thread."""
+    return pool.submit(loop.run_until_complete, work).result()
 
 
 async def cancelled() -> None:

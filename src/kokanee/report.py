@@ -13,7 +13,7 @@ from importlib.resources import files
 from typing import Any
 
 import kokanee
-from kokanee.events import OTHER, rates
+from kokanee.events import OTHER, Counts, rates
 from kokanee.formats import whole_text
 from kokanee.ground_truth import Truth, alike
 from kokanee.scoring import MEASURES, Item, Scores, verdict_of
@@ -102,10 +102,12 @@ def table(systems: Mapping[str, Scores]) -> str:
     heads = ["Captioner", "Captions", "Events", *NAMES.values(), "Repetition", "Words"] + ["Unjudged"] * unjudged
     rows = []
     for name, made in systems.items():
-        cells = [cell(name), number(len(made.items)), number(sum(len(item.truth.events) for item in made.items))]
+        told = str(made.n_told) if made.n_told == len(made.items) else f"{made.n_told} of {len(made.items)}"
+        cells = [cell(name), number(made.n_told, told), number(sum(len(item.truth.events) for item in made.items))]
         for measure, of in MEASURES.items():
             low, high = made.intervals[measure]
-            cells.append(number(of(made.rates), f"{of(made.rates):.1f}<small>{low:.1f} – {high:.1f}</small>"))
+            interval = f"<small>{low:.1f} – {high:.1f}</small>" if made.n_files > 1 else ""
+            cells.append(number(of(made.rates), f"{of(made.rates):.1f}{interval}"))
         cells += [number(made.repetition, f"{made.repetition:.1f}"), number(made.words, f"{made.words:.1f}")]
         rows.append(cells + ([number(made.unjudged.total())] if unjudged else []))
     return grid(heads, rows)
@@ -116,19 +118,20 @@ def kinds(systems: Mapping[str, Scores]) -> str:
     found = sorted({kind for made in systems.values() for kind in made.kinds})
     if found in ([], [OTHER]):
         return ""
-    heads = ["Kind of event", "Events"] + [f"{name}: {part}" for name in systems for part in ("Miss", "Incorrect")]
+    heads = ["Captioner", "Captions"] + [
+        f"{kind}: {part}" for kind in found for part in ("Events", "Miss", "Incorrect")
+    ]
     rows = []
-    for kind in found:
-        n_events = max(made.kinds[kind].n_events for made in systems.values() if kind in made.kinds)
-        cells = [cell(kind), number(n_events)]
-        for made in systems.values():
-            known = kind in made.kinds and made.kinds[kind].n_events > 0
-            shown = (rates([made.kinds[kind]]).missed, rates([made.kinds[kind]]).incorrect) if known else (None, None)
-            cells += [number(value, "–" if value is None else f"{value:.1f}") for value in shown]
+    for name, made in systems.items():
+        cells = [cell(name), number(made.n_kinds)]
+        for kind in found:
+            counts = made.kinds.get(kind, Counts(0, 0, 0, 0))
+            rated = rates([counts])
+            shown = (rated.missed, rated.incorrect) if counts.n_events else (None, None)
+            of = f"<small>of {counts.n_events}</small>"
+            cells += [number(value, "–" if value is None else f"{value:.1f}{of}") for value in shown]
         rows.append(cells)
-    some = [made.n_kinds for made in systems.values() if made.n_kinds < len(made.items)]
-    of = f" (of at least {min(some)} captions whose errors the judge names)" if some else ""
-    return f"<h3>By kind of event{of}</h3>{grid(heads, rows)}"
+    return f"<h3>By kind of event</h3>{grid(heads, rows)}"
 
 
 def grid(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -19,6 +19,7 @@ from kokanee.ground_truth import GroundTruth, Truth, alike, place
 from kokanee.judges import Judgement, LanguageModelJudge, judged
 from kokanee.predictions import Prediction
 from kokanee.protocol import median_run
+from kokanee.world.score import UNREADABLE
 from kokanee.world.score import judge as judge_exactly
 
 FEWEST_FAILURES = 8
@@ -100,11 +101,27 @@ class Scores:
     words: float
     unjudged: Counter[str]
 
+    @property
+    def n_told(self) -> int:
+        """How many of the items have a caption."""
+        return sum(bool(item.prediction.text) for item in self.items)
+
+    @property
+    def n_files(self) -> int:
+        return len({item.truth.file for item in self.items})
+
+    @property
+    def n_unread(self) -> int:
+        """How many captions have sentences that the exact judge could not read."""
+        found = [verdict_of(item, self.median_run) for item in self.items]
+        return sum(any(text.startswith(UNREADABLE) for text in v.hallucinated) for v in found if v is not None)
+
     def as_dict(self) -> dict[str, Any]:
         """For scores.json: all numbers, and every caption with its verdict in the median run."""
         measures = {name: of(self.rates) for name, of in MEASURES.items()}
         return {
             "captions": len(self.items),
+            "told": self.n_told,
             "events": sum(len(item.truth.events) for item in self.items),
             "rates": measures,
             "intervals": self.intervals,
@@ -235,11 +252,12 @@ def scores(items: Sequence[Item], as_published: bool = False) -> Scores:
     # An item whose errors are known by number only is in no kind; one that was not judged misses all its events.
     verdicts = [(item.truth.events, known_of(item, middle, as_published)) for item in items] if runs else []
     named = [(events, verdict) for events, verdict in verdicts if verdict is not None]
-    texts = [item.prediction.text for item in items]
+    texts = [item.prediction.text for item in items if item.prediction.text]
     return Scores(
         list(items),
         rated[middle] if rated else rates([]),
-        {name: interval(list(by_file.values()), of) for name, of in MEASURES.items()},
+        # By name, as a bootstrap draws places: the order in which captions were made must not matter.
+        {name: interval([by_file[file] for file in sorted(by_file)], of) for name, of in MEASURES.items()},
         rated,
         middle,
         by_kind(named),

@@ -76,7 +76,7 @@ def marked(caption: str, verdict: Verdict) -> list[Piece]:
     ]
     marks: list[tuple[int, int, str, str]] = []
     for text, mark, why in accused:
-        quoted = re.fullmatch(r'Unreadable: "(.*)"', text, re.DOTALL)
+        quoted = re.fullmatch(r'Unreadable: "(.*)"', text, re.DOTALL)  # what the exact judge cannot read
         place = place_of(quoted.group(1) if quoted else text, caption)
         if place is not None:
             marks.append((*place, mark, why))

@@ -13,6 +13,8 @@ from kokanee.events import Incorrect, Verdict
 from kokanee.world.facts import Event, Fact, facts_of, statement, sync_action
 from kokanee.world.language import parse
 
+UNREADABLE = "Unreadable: "
+
 
 @dataclass(frozen=True)
 class ExactVerdict(Verdict):
@@ -52,7 +54,7 @@ def judge(truth: Iterable[Event | Fact], caption: str) -> ExactVerdict:
     return ExactVerdict(
         tuple(statement(fact) for fact in missed),
         tuple(Incorrect(statement(true), statement(said)) for true, said in wrong),
-        (*(statement(fact) for fact in extra), *(f'Unreadable: "{text}"' for text in parsed.unparsed)),
+        (*(statement(fact) for fact in extra), *(f'{UNREADABLE}"{text}"' for text in parsed.unparsed)),
         len(true_facts),
         tuple(told),
     )
