@@ -101,3 +101,10 @@ def test_kinds_are_shown_where_they_are_known():
     unknown = replace(made, kinds={"other": made.kinds["seen"]})
     assert "By kind of event" in page({"x": {"global": made}}, "exact", "e")
     assert "By kind of event" not in page({"x": {"global": unknown}}, "exact", "e")
+
+
+def test_every_row_of_a_table_has_a_cell_for_every_column():
+    text = page(two_systems(), "exact", "e")
+    tables = re.findall(r"<table>.*?</table>", text, re.DOTALL)
+    rows = [[row.count("<th") + row.count("<td") for row in re.findall(r"<tr>.*?</tr>", table)] for table in tables]
+    assert len(tables) == 4 and all(len(set(counts)) == 1 and len(counts) > 1 for counts in rows)

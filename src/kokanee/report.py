@@ -118,9 +118,7 @@ def kinds(systems: Mapping[str, Scores]) -> str:
     found = sorted({kind for made in systems.values() for kind in made.kinds})
     if found in ([], [OTHER]):
         return ""
-    heads = ["Captioner", "Captions"] + [
-        f"{kind}: {part}" for kind in found for part in ("Events", "Miss", "Incorrect")
-    ]
+    heads = ["Captioner", "Captions"] + [f"{kind}: {part}" for kind in found for part in ("Miss", "Incorrect")]
     rows = []
     for name, made in systems.items():
         cells = [cell(name), number(made.n_kinds)]
