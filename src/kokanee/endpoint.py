@@ -306,17 +306,19 @@ class Asker:
         end, replies = self.endpoint, self.replies
         if end.budget_tokens is None and end.budget_money is None:
             return
-        tokens = replies.tokens_in + replies.tokens_out
+        tokens, more = replies.tokens_in + replies.tokens_out, " and what is under way" if self._under_way else ""
         letters = sum(len(str(message["content"])) for message in messages)
         share = self._under_way / max(1, replies.n_paid)
         coming = share * tokens if replies.n_paid else self._under_way * letters / LETTERS_A_TOKEN
         if end.budget_tokens is not None and tokens + coming >= end.budget_tokens:
-            raise BudgetSpent(f"The budget of {end.budget_tokens} tokens is used up ({tokens}). Raise it to go on.")
+            raise BudgetSpent(
+                f"The budget of {end.budget_tokens} tokens is used up ({tokens}{more}). Raise it to go on."
+            )
         if end.budget_money is None or end.prices is None:
             return
         money_coming = share * self.money if replies.n_paid else coming * end.prices[0] / 1e6
         if self.money + money_coming >= end.budget_money:
-            cost = f"{self.money:.4g} for {tokens} tokens"
+            cost = f"{self.money:.4g} for {tokens} tokens{more}"
             raise BudgetSpent(f"The budget of {end.budget_money:g} is used up ({cost}). Raise it to go on.")
 
     def check_counted(self, reply: Reply) -> None:
@@ -397,8 +399,8 @@ def read_completion(found: Any) -> Reply:
         finished = choice.get("finish_reason") != "length"
     except (TypeError, KeyError, IndexError, AttributeError):
         raise ValueError("a reply without a message") from None
-    if not isinstance(text, str) or not isinstance(tokens_in, int) or not isinstance(tokens_out, int):
-        raise ValueError("a reply without a text")
+    if not isinstance(tokens_in, int) or not isinstance(tokens_out, int):
+        raise ValueError("a reply whose tokens are not counted in numbers")
     return Reply(text, tokens_in, tokens_out, finished)
 
 
