@@ -22,6 +22,7 @@ from kokanee.protocol import (
     count_messages,
     cut_repetition,
     list_messages,
+    listed,
     read_counts,
     read_lists,
     verdict_of,
@@ -34,7 +35,10 @@ TEXTS: dict[str, Any] = {"type": "array", "items": {"type": "string"}}
 
 @dataclass(frozen=True)
 class Judgement:
-    """Numbers of events, and which they are; `verdict` is None where the judge gave numbers alone."""
+    """Numbers of events, and which they are; `verdict` is None where the judge gave numbers alone.
+
+    As published the two may disagree; the numbers count.
+    """
 
     counts: Counts
     verdict: Verdict | None
@@ -78,10 +82,10 @@ class LanguageModelJudge:
         if not said.strip() and not self.as_published:
             return judged(Verdict(tuple(texts), (), (), len(texts)))
         asked = list_messages(texts, said)
-        finished = True
+        whole = True
         for attempt in range(1 + RETRIES):
             answer = await self.asker.reply(asked, run, attempt, LIST_SCHEMA)
-            reply, finished = read_lists(answer.text), finished and answer.finished
+            reply, whole = read_lists(answer.text), whole and answer.finished
             found = None if reply is None else self.taken(reply, texts)
             if found is not None:
                 return found
@@ -92,7 +96,7 @@ class LanguageModelJudge:
                 return Judgement(Counts(reply.missed, reply.incorrect, reply.hallucinated, len(texts)), None)
         raise Unanswered(
             f"{self.name} gave {1 + RETRIES + COUNT_RETRIES} replies that cannot be read. "
-            + (LARGER if finished else "Some were cut off: raise --max-tokens.")
+            + (LARGER if whole else "Some were cut off: raise --max-tokens.")
         )
 
     def taken(self, reply: Reply, events: Sequence[str]) -> Judgement | None:
@@ -102,7 +106,8 @@ class LanguageModelJudge:
             return judged(verdict)
         if not self.as_published:
             return None
-        return Judgement(Counts(reply.missed, reply.incorrect, reply.hallucinated, len(events)), None)
+        counts = Counts(reply.missed, reply.incorrect, reply.hallucinated, len(events))
+        return Judgement(counts, listed(reply, events))
 
 
 def judged(verdict: Verdict) -> Judgement:

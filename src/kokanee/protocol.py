@@ -136,7 +136,12 @@ def verdict_of(reply: Reply, events: Sequence[str]) -> Verdict | None:
 
     The lists count. They must agree with the numbers, and name no more events than there are.
     """
-    if not reply.lists_agree or reply.missed + reply.incorrect > len(events):
+    return listed(reply, events) if reply.lists_agree else None
+
+
+def listed(reply: Reply, events: Sequence[str]) -> Verdict | None:
+    """What the lists of a reply say, whatever its numbers; None where they name more events than there are."""
+    if len(reply.missed_events) + len(reply.incorrect_events) > len(events):
         return None
     incorrect = tuple(Incorrect(text) for text in reply.incorrect_events)
     return Verdict(reply.missed_events, incorrect, reply.hallucinated_events, len(events))

@@ -301,6 +301,7 @@ def video_of(item: Item, run: int) -> dict[str, Any]:
         "caption": prediction.text,
         "reason": prediction.reason or (item.failures[run] if item.failures else ""),
         "counts": None if judgement is None else asdict(judgement.counts),
+        "rates": None if judgement is None else {n: of(rates([judgement.counts])) for n, of in MEASURES.items()},
         "missed": None if verdict is None else list(verdict.missed),
         "incorrect": None if verdict is None else [asdict(wrong) for wrong in verdict.incorrect],
         "hallucinated": None if verdict is None else list(verdict.hallucinated),
