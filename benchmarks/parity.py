@@ -24,7 +24,9 @@ import transformers
 from golden import CASES, Golden, Tensors
 from kokanee import checkpoints
 from kokanee.layout import audio_shares
+from kokanee.losses import answer_log_probs, dpo, gdpo
 from kokanee.model import Kokanee
+from kokanee.prefix import branch_attention_in, collate_packed, pack, packed_log_probs
 from kokanee.published import our_key
 from kokanee.sampling import Sampling, length_s, sample_indices, step_seconds
 
@@ -238,7 +240,41 @@ def gdpo_rows(golden: Golden) -> Iterator[Measured]:
     if whole:
         bare = {key.removeprefix("base_model.model."): value for key, value in grads.items()}
         yield from gradient_rows("gDPO, merger, Q-Former, projection", bare, whole)
+    yield from packed_rows(golden, adapted, sample, known, lora)
     yield from merged_rows(golden, checkpoints.merge(adapted))
+
+
+def packed_rows(golden: Golden, adapted: Any, sample: Tensors, known: dict, lora: Tensors) -> Iterator[Measured]:
+    """The gDPO step as Kokanee computes it: `[prompt | chosen | rejected | ground truth]` in one pass."""
+    forms = {"chosen_ids": "chosen_", "reject_ids": "reject_", "input_ids": ""}
+    answers = [
+        {
+            "input_ids": sample[ids][0],
+            "labels": sample[f"{form}labels"][0],
+            "position_ids": sample[f"{form}position_ids"][:, 0],
+        }
+        for ids, form in forms.items()
+    ]
+    # One token less: a branch begins with a token that is no label.
+    batch = collate_packed([pack(answers, known["sample"]["prompt_length"] - 1)], 0)
+    model = adapted.base_model.model
+    adapted.zero_grad()
+    with branch_attention_in(model):
+        log_probs, _, branches = packed_log_probs(model, batch, **golden.media("av"))
+        with torch.no_grad(), adapted.disable_adapter():
+            reference, _, _ = packed_log_probs(model, batch, **golden.media("av"))
+        both = [answer_log_probs(found, branches - 1, 3)[None, :2] for found in (log_probs, reference)]
+        preference = dpo(*both, beta=known["dpo_beta"])
+        loss = gdpo(preference, log_probs[branches == 3], known["ce_weight"])
+        loss.backward()
+    for name, found in (("policy", both[0]), ("reference", both[1])):
+        theirs = torch.tensor([[known[f"{name}_{answer}_logp"] for answer in ("chosen", "rejected")]])
+        yield Measured("gDPO, packed", f"log-probabilities of the answers, {name}", largest(found, theirs), 2e-3)
+    theirs = torch.tensor([[known["chosen_reward"], known["rejected_reward"]]])
+    yield Measured("gDPO, packed", "rewards", largest(preference.rewards_P2, theirs), 5e-4)
+    yield Measured("gDPO, packed", "total loss", abs(loss.item() - known["total_loss"]), 5e-4)
+    grads = {key.replace(".default", ""): value for key, value in named_grads(adapted).items()}
+    yield from gradient_rows("gDPO, packed", grads, lora)
 
 
 def merged_rows(golden: Golden, merged: Kokanee) -> Iterator[Measured]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from kokanee.attention import SEGMENT_ATTENTION, segment_attention
+from kokanee.attention import SEGMENT_ATTENTION, branch_attention, segment_attention
+from kokanee.prefix import branch_mask
 
 HEADS, WIDTH = 3, 8
 
@@ -51,3 +52,39 @@ def test_the_visual_tower_gives_the_same_numbers_with_it(tiny, window_px):
             found.append(model.encode_video(patches, grids))
     assert torch.allclose(found[0], found[1], atol=1e-5) and torch.allclose(found[0], found[2], atol=1e-5)
     assert not torch.allclose(found[0][0], found[0][1], atol=1e-3)
+
+
+BRANCHES = [[7, 4, 5], [6, 3, 2, 5], [5], [4, 1]]
+
+
+def packed_states(branches, kv_heads=2, heads=4, length=20):
+    noise = torch.Generator().manual_seed(3)
+    shapes = [(len(branches), n, length, WIDTH) for n in (heads, kv_heads, kv_heads)]
+    return [torch.randn(shape, generator=noise, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def dense(states, branches, length=20):
+    """The same by a mask over all pairs; and which queries are no padding."""
+    segments = torch.full((len(branches), length), -1)
+    for row, lengths in enumerate(branches):
+        segments[row, : sum(lengths)] = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    seen = functional.scaled_dot_product_attention(*states, branch_mask(segments), enable_gqa=True)
+    return seen.transpose(1, 2), (segments >= 0)[..., None, None]
+
+
+def test_branches_are_what_a_dense_mask_gives_and_so_are_their_gradients():
+    states = packed_states(BRANCHES)
+    seen, _ = branch_attention(torch.nn.Identity(), *states, branches=BRANCHES)
+    wanted, real = dense(states, BRANCHES)
+    assert torch.allclose(seen, wanted * real, atol=1e-12)
+    weights = torch.randn(seen.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * real
+    ours, theirs = (torch.autograd.grad((found * weights).sum(), states) for found in (seen, wanted))
+    assert all(torch.allclose(one, two, atol=1e-12) for one, two in zip(ours, theirs, strict=True))
+
+
+def test_without_their_lengths_or_with_a_mask_branches_are_refused():
+    states = packed_states(BRANCHES)
+    with pytest.raises(ValueError, match="need their lengths"):
+        branch_attention(torch.nn.Identity(), *states)
+    with pytest.raises(ValueError, match="no mask"):
+        branch_attention(torch.nn.Identity(), *states, torch.ones(1), branches=BRANCHES)

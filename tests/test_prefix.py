@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from kokanee.layout import Block
-from kokanee.prefix import PADDING, branch_mask, collate_packed, pack
+from kokanee.prefix import PADDING, branch_attention_in, branch_mask, collate_packed, pack, packed_log_probs
 from kokanee.processor import Turn
 from kokanee.prompt import IGNORED
 
@@ -171,3 +171,63 @@ def test_prompts_that_differ_or_a_branch_that_begins_with_a_label_are_refused(co
         pack(conversations[1:2], first_label)
     with pytest.raises(AssertionError, match="prompts differ"):
         pack(conversations, first_label)
+
+
+def apart_log_probs(model, samples, media):
+    """Of each conversation alone, the log-probabilities of its label tokens."""
+    found = []
+    for sample in samples:
+        batch = {"input_ids": sample["input_ids"][None], "position_ids": sample["position_ids"][:, None]}
+        states = hidden(model, batch, media, None)
+        counted = sample["labels"][1:] != IGNORED
+        logits = model.lm_head(states[0, :-1][counted])
+        found.append(logits.log_softmax(-1).gather(-1, sample["labels"][1:][counted][:, None])[:, 0])
+    return found
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_processor, conversations, shared):
+    """Two packed prompts of different lengths, with three answers and with two."""
+    said = [("Describe the video, please, in every detail.", text) for text in ("A red circle.", "A bell rings twice.")]
+    others = [tiny_processor.prepare_ids([Turn("user", q), Turn("assistant", a)], [BLOCK]) for q, a in said]
+    length = int((others[0]["labels"] != IGNORED).nonzero()[0]) - 1
+    return [(conversations, shared), (others, length)]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "computed again"])
+def test_one_packed_pass_gives_the_log_probabilities_and_gradients_of_separate_ones(
+    tiny_model, prompts, media, checkpointing
+):
+    model = tiny_model
+    batch = collate_packed([pack(*prompt) for prompt in prompts], 0)
+    both = {name: torch.cat([embeds, embeds]) for name, embeds in media.items()}
+    if checkpointing:
+        model.train()
+        model.gradient_checkpointing_enable()
+    with branch_attention_in(model):
+        log_probs, rows, branches = packed_log_probs(model, batch, **both)
+        weights = torch.linspace(-1, 1, len(log_probs))
+        (log_probs * weights).sum().backward()
+    model.gradient_checkpointing_disable()
+    model.eval()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    apart = [found for samples, _ in prompts for found in apart_log_probs(model, samples, media)]
+    assert torch.allclose(log_probs, torch.cat(apart), rtol=1e-5, atol=1e-5)
+    assert [int(((rows == r) & (branches == b)).sum()) for r, b in ((0, 1), (0, 2), (0, 3), (1, 1), (1, 2))] == [
+        len(found) for found in apart
+    ]
+    (torch.cat(apart) * weights).sum().backward()
+    scale = max(float(gradient.abs().max()) for gradient in ours.values())
+    assert set(ours) == {name for name, p in model.named_parameters() if p.grad is not None}
+    for name, gradient in ours.items():
+        assert torch.allclose(gradient, model.get_parameter(name).grad, rtol=1e-4, atol=1e-5 * scale), name
+
+
+def test_the_attention_of_branches_is_there_only_while_it_is_wanted(tiny, conversations, shared, media):
+    model = tiny[0]
+    before = model.language_model.config._attn_implementation
+    with branch_attention_in(model), pytest.raises(ValueError, match="need their lengths"):
+        separate_branches(model, conversations, shared, media)
+    assert model.language_model.config._attn_implementation == before
+    separate_branches(model, conversations, shared, media)

@@ -1,22 +1,30 @@
-"""Attention of a packed sequence in which every segment sees only itself, for the visual tower.
+"""Attention of packed sequences, registered with transformers: of segments, and of branches behind one prompt.
 
-transformers runs such segments one by one in Python unless flash-attn is there. Neighbours of equal length are one
-batch for `scaled_dot_product_attention`: the same numbers, far fewer calls.
+Segments (the visual tower): every segment sees only itself. transformers runs such segments one by one in Python
+unless flash-attn is there. Neighbours of equal length are one batch for `scaled_dot_product_attention`: the same
+numbers, far fewer calls.
 
-Axes: S tokens of all segments, N segments of L tokens each, H heads, D width of a head.
+Branches (the decoder): a sequence `[prompt | answer 1 | answer 2 | ...]`, in which the prompt sees itself and each
+answer the prompt and itself. No mask over all pairs is made: each answer is one call on `[prompt | answer]`.
+
+Axes: S tokens of all segments, N segments of L tokens each, H heads, D width of a head, B sequences, P prompt tokens,
+R answer tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 # transformers hands segment bounds only to implementations with "flash" in their name.
 SEGMENT_ATTENTION = "kokanee_segments_not_flash"
+BRANCH_ATTENTION = "kokanee_branches"
 
 
 def segment_attention(
@@ -52,4 +60,50 @@ def segment_attention(
     return torch.cat(pieces)[None], None
 
 
+def branch_attention(
+    module: torch.nn.Module,
+    query_BHSD: torch.Tensor,
+    key_BHSD: torch.Tensor,
+    value_BHSD: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    branches: Sequence[Sequence[int]] | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of packed answers: (B, S, H, D); keys and values may have fewer heads than queries.
+
+    `branches`: of each sequence the lengths of its prompt and of each answer; what comes after is padding, whose states
+    are 0. They must be given, and no mask: without them answers would see each other, which nobody would notice.
+    """
+    if branches is None or attention_mask is not None:
+        raise ValueError("Packed answers need their lengths (`branches`) and no mask.")
+    seen_BSHD = query_BHSD.new_zeros(query_BHSD.transpose(1, 2).shape)
+    for row, (prompt, *answers) in enumerate(branches):
+        query_HSD, key_HSD, value_HSD = query_BHSD[row], key_BHSD[row], value_BHSD[row]
+        how: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True}
+        parts = [attend(query_HSD[:, :prompt], key_HSD[:, :prompt], value_HSD[:, :prompt], how)]
+        start = prompt
+        for length in answers:
+            stop = start + length
+            key_HLD, value_HLD = (
+                torch.cat([states_HSD[:, :prompt], states_HSD[:, start:stop]], dim=1)
+                for states_HSD in (key_HSD, value_HSD)
+            )
+            parts.append(attend(query_HSD[:, start:stop], key_HLD, value_HLD, how))
+            start = stop
+        seen_BSHD[row, :start] = torch.cat(parts, dim=1).transpose(0, 1)
+    return seen_BSHD, None
+
+
+def attend(
+    query_HRD: torch.Tensor, key_HLD: torch.Tensor, value_HLD: torch.Tensor, how: dict[str, Any]
+) -> torch.Tensor:
+    """Causal attention in which the last query stands at the last key: (H, R, D)."""
+    bias: Any = causal_lower_right(query_HRD.shape[1], key_HLD.shape[1])
+    return functional.scaled_dot_product_attention(query_HRD[None], key_HLD[None], value_HLD[None], bias, **how)[0]
+
+
 AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
+AttentionInterface.register(BRANCH_ATTENTION, branch_attention)

@@ -3,16 +3,21 @@
 A packed sequence is `[prompt | branch 1 | branch 2 | ...]`. Every branch goes on from the prompt's end in its
 positions, and its queries see the prompt and itself, each up to their own place.
 
-Axes: B sequences, L tokens; S segment numbers (0 the prompt, 1, 2, ... the branches, -1 padding).
+Axes: B sequences, L tokens; S segment numbers (0 the prompt, 1, 2, ... the branches, -1 padding); N label tokens of all
+sequences, D width of a state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.nn.functional import pad
 
+from kokanee.attention import BRANCH_ATTENTION
+from kokanee.losses import token_log_probs
+from kokanee.model import Kokanee
 from kokanee.prompt import IGNORED
 
 PADDING = -1
@@ -65,3 +70,46 @@ def branch_mask(segments_BL: torch.Tensor) -> torch.Tensor:
     causal_LL = torch.ones(length, length, dtype=torch.bool, device=segments_BL.device).tril()
     query_BL1, key_B1L = segments_BL[:, :, None], segments_BL[:, None, :]
     return ((query_BL1 == key_B1L) | (key_B1L == 0))[:, None] & causal_LL
+
+
+def lengths_of(segments_BL: torch.Tensor) -> list[list[int]]:
+    """Of each sequence the lengths of its prompt and of each branch, as `attention.branch_attention` wants them."""
+    return [torch.bincount(row_L[row_L != PADDING]).tolist() for row_L in segments_BL]
+
+
+@contextlib.contextmanager
+def branch_attention_in(model: Kokanee) -> Iterator[None]:
+    """The model's decoder computes packed sequences without a mask; the backward pass belongs inside too.
+
+    (Where activations are computed again in it, attention is chosen anew.)
+    """
+    config = model.language_model.config
+    before, kinds = config._attn_implementation, set(config.layer_types or ())
+    assert kinds == {"full_attention"}, "branches see the whole prompt"
+    config._attn_implementation = BRANCH_ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def packed_log_probs(
+    model: Kokanee, batch: Sample, **media: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities (N,) in float32 of all label tokens of packed sequences, from one pass; for each its sequence
+    (N,) and its branch (N,), from 1 on.
+
+    `batch` is from `collate_packed`; `media` are the arguments of `Kokanee.encode_media`. Logits are made at label
+    tokens only. Call it, and `backward`, inside `branch_attention_in`.
+    """
+    hidden_BLD = model.language_model(
+        inputs_embeds=model.embed(batch["input_ids"], **media),
+        attention_mask={"full_attention": None},  # none is to be made
+        position_ids=batch["position_ids"],
+        use_cache=False,
+        branches=lengths_of(batch["segments"]),
+    ).last_hidden_state
+    targets_BL = batch["labels"][:, 1:]
+    rows_N, places_N = (targets_BL != IGNORED).nonzero(as_tuple=True)
+    log_probs_N = token_log_probs(model.lm_head(hidden_BLD[rows_N, places_N]), targets_BL[rows_N, places_N])
+    return log_probs_N, rows_N, batch["segments"][rows_N, places_N + 1]
