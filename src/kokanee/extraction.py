@@ -43,7 +43,7 @@ Tell all that the description tells, in its order, and nothing else:
   sentence that is said, one text that is shown. Split what is joined by "and" or "while", unless it is one thing's
   looks.
 - Each event is a short statement, about 5 to 20 words, that can be understood and checked without the others: it
-  names whom or what it is about ("the man in the yellow shirt", not "he").
+  names whom or what it is about ("the boy in the striped scarf", not "he").
 - What is said or written is quoted as the description quotes it, with who says it or where it stands.
 - No event twice, in other words neither. No summaries, opinions or moods, nothing about the description itself.
 A full description of a minute of video has 12 to 65 events, a shorter one has fewer.
@@ -52,7 +52,7 @@ Each event has one kind:
 {kinds}
 
 Reply with one JSON object and nothing else:
-{{"events": [{{"text": "A man pours water into a tall glass", "kind": "seen"}}, ...]}}"""
+{{"events": [{{"text": "A woman peels an orange at the kitchen table", "kind": "seen"}}, ...]}}"""
 
 ASKED = "<description>\n{caption}\n</description>\n\nSplit the description into its atomic events."
 AGAIN = "\nAn earlier reply could not be used: {problem}."
