@@ -90,6 +90,9 @@ def test_agreement_of_a_model_with_the_exact_judge(world):
     ("words", "code", "reason"),
     [
         (["{w}/right.json", "-e", "{w}/no.jsonl"], 1, "no.jsonl is not there"),
+        (["{w}/right.json", "-e", "{w}/none.jsonl"], 1, "holds none"),
+        (["{w}/none.json", "-e", "{w}/samples.jsonl"], 1, "holds no captions"),
+        (["{w}/none.jsonl", "-e", "{w}/samples.jsonl"], 1, "holds no captions"),
         (["{w}/no.json", "-e", "{w}/samples.jsonl"], 1, "no.json is not there"),
         (["{w}/right.json", "-e", "{w}/samples.jsonl", "-j", "human"], 2, "is no judge"),
         (["{w}/right.json", "-e", "{w}/published.json"], 1, "None of the captions belongs"),
@@ -98,6 +101,8 @@ def test_agreement_of_a_model_with_the_exact_judge(world):
 )
 def test_mistakes_are_one_message(world, words, code, reason):
     write_json(world / "published.json", [{"video": "video/0.mp4", "events": ["A dog runs"]}])
+    write_json(world / "none.json", [])
+    (world / "none.jsonl").touch()
     write_json(world / "known.json", [{"video": "video/00000.mp4", "events": ["A dog runs"]}])
     found = kk("score", *(word.format(w=world) for word in words), "--out", world / "s", code=code)
     assert reason in found.stderr and not (world / "s" / "scores.json").exists()

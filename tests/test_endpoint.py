@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from kokanee.endpoint import Asker, BudgetSpent, Endpoint, Replies, Stop, Unanswered, each, proxy_of, retry_after_s
+from kokanee.endpoint import Asker, BudgetSpent, Endpoint, Stop, Unanswered, each, proxy_of, retry_after_s
 from kokanee.errors import KokaneeError
+from kokanee.replies import Replies
 from model_server import completion, garbage, half, late, serving, silence, status
 
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}

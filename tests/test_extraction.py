@@ -250,3 +250,11 @@ def test_a_spent_budget_ends_it_cleanly_and_a_larger_one_goes_on(tmp_path):
     assert isinstance(spent, BudgetSpent) and n_asked == 3 and len(read_jsonl(out)) == 3
     found, n_more = made(plan(CAPTIONS, out).missing, out, budget_tokens=1000, concurrency=1)
     assert found == [] and n_asked + n_more == 8 and len(read_jsonl(out)) == 8
+
+
+def test_a_server_that_never_answers_ends_it_and_keeps_what_was_there(tmp_path):
+    out = tmp_path / "events.jsonl"
+    made(CAPTIONS[:1], out)
+    before, many = out.read_bytes(), [Prediction(f"{number}.mp4", f"A dog runs {number} m.") for number in range(40)]
+    error, asked = made(many, out, trouble=[status(400, message="no")] * 999, concurrency=2)
+    assert "None of the first 8 questions" in str(error) and asked < 40 and out.read_bytes() == before

@@ -135,7 +135,9 @@ def test_a_caption_that_was_not_judged_stays_in_the_denominator():
 
 
 def test_a_judge_that_never_answers_ends_it_with_the_reason():
-    with pytest.raises(KokaneeError, match=r"None of the first 8 judgements could be had: m refuses a question.*no"):
+    with pytest.raises(
+        KokaneeError, match=r"None of the first 8 questions got an answer of use: m refuses a question.*no"
+    ):
         by_model(lambda request: None, trouble=[status(400, message="no")] * 999, runs=9, concurrency=1)
 
 
@@ -147,7 +149,7 @@ def test_a_quoted_number_does_not_hide_an_events_kind():
 
 def test_kinds_add_up_where_a_judgement_failed():
     found, _ = by_model(lambda r: "no" if "A cat" in r["messages"][1]["content"] else reply(0), runs=1)
-    assert sum(counts.missed for counts in found.kinds.values()) == 2 and found.n_kinds == 2
+    assert sum(counts.missed for counts in found.kinds.values()) == 2 and found.n_by_kind == 2
 
 
 def cut_run(samples, every_s, stop=None, failed=()):

@@ -15,6 +15,7 @@ from kokanee.errors import KokaneeError
 from kokanee.formats import check_writable, write_json, write_text
 
 if TYPE_CHECKING:
+    from kokanee.predictions import Prediction
     from kokanee.scoring import Item, Judge, Scores
 
 VERSION = 1
@@ -23,7 +24,6 @@ SCORES = "scores.json"
 REPORT = "report.html"
 AGREEMENT = "agreement.json"
 OF_MODELS = ("base_url", "per_minute", "budget_tokens", "budget_money", "prices")
-COLUMNS = ("missed", "incorrect", "hallucinated", "hall", "total")
 HEAD = "| captioner | | captions | Miss | Incorrect | Hallucinated | Hall | Total | repetition | words |"
 
 
@@ -71,7 +71,7 @@ def score(
     same --out asks a model nothing that it has answered.
     """
     check_writable(out / SCORES)
-    from kokanee.ground_truth import place, read_ground_truth
+    from kokanee.ground_truth import read_ground_truth
     from kokanee.predictions import read_predictions
     from kokanee.report import page
     from kokanee.scoring import matched, scores
@@ -89,14 +89,7 @@ def score(
     by, runs = chosen(judge, asking, out / REPLIES, as_published, runs)
     systems, lines, made = [], [HEAD, rule(HEAD)], {}
     for name, (path, (whole, parts, unknown)) in zip(names_of(predictions), matching.items(), strict=True):
-        if unknown:
-            such = place(unknown[0])
-            say(f"{path}: {len(unknown)} captions of which {events} says nothing are left out (such as of {such})")
-        silent = sum(not item.prediction.text for item in (*whole, *parts))
-        if silent:
-            say(f"{path}: {silent} files or intervals have no caption, and miss everything")
-        if as_published:
-            say(f"{path}: as published, only the {len(whole) + len(parts)} captions count that there are")
+        say_counted(path, [*whole, *parts], unknown, as_published)
         made[name] = {
             scope: scores(judged_items(items, by, runs, name), as_published)
             for scope, items in (("global", whole), ("local", parts))
@@ -125,6 +118,20 @@ def score(
     say(f"captions with what is wrong in them: {out / REPORT}")
     if unjudged:
         raise KokaneeError(lost)
+
+
+def say_counted(path: Path, items: Sequence[Item], unknown: Sequence[Prediction], as_published: bool) -> None:
+    """Say which captions of a file count, where not all do, and what has none."""
+    from kokanee.ground_truth import place
+
+    if unknown:
+        such = place(unknown[0])
+        say(f"{path}: {len(unknown)} captions of which no events are known are left out (such as of {such})")
+    silent = sum(not item.prediction.text for item in items)
+    if silent:
+        say(f"{path}: {silent} files or intervals have no caption, and miss everything")
+    if as_published:
+        say(f"{path}: as published, only the {len(items)} captions count that there are")
 
 
 def agree(
@@ -245,8 +252,9 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 def row(name: str, scope: str, made: Scores) -> str:
     """One line of the table."""
-    told = made.as_dict()
-    cells = [f"{told['rates'][column]:.1f}" for column in COLUMNS]
+    from kokanee.scoring import MEASURES
+
+    cells = [f"{of(made.rates):.1f}" for of in MEASURES.values()]
     low, high = made.intervals["total"]
     cells[-1] += f" ({low:.1f} to {high:.1f})" if made.n_files > 1 else ""
     captions = f"{made.n_told} of {len(made.items)}" if made.n_told < len(made.items) else made.n_told

@@ -18,17 +18,18 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
 from kokanee.errors import KokaneeError
-from kokanee.formats import UTF8, mend_end, read_jsonl, whole_text
+from kokanee.formats import whole_text
+from kokanee.replies import Replies, Reply
 
 LONGEST_WAIT_S = 60.0
-SYNCED_EVERY_S = 1.0
+FEWEST_FAILURES = 8
 LETTERS_A_TOKEN = 4  # about, in English
 BUSY = frozenset((408, 409, 425, 429))
 NOT_THIS = frozenset((400, 413, 422))
@@ -112,76 +113,6 @@ class Endpoint:
     def key(self) -> str:
         """The key, "" where there is none. It is shown nowhere."""
         return os.environ.get(self.key_name, "").strip()
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a model said. Tokens as the server counts them: of the question, of the reply. finished: not cut off."""
-
-    text: str
-    tokens_in: int = 0
-    tokens_out: int = 0
-    finished: bool = True
-
-
-class Replies:
-    """Replies by the content of their questions, in a file of JSON lines that only grows (None: in memory).
-
-    Each reply is handed to the operating system at once, so that a killed process loses none. It is seen onto the disk
-    once a second: waiting for the disk at every reply would take longer than asking.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        records = read_jsonl(path) if path is not None and path.is_file() else []
-        self.known: dict[str, Reply] = {}
-        self.tokens_in = self.tokens_out = self.n_paid = 0
-        for number, record in enumerate(records, 1):
-            if not isinstance(record, dict) or not {"key", "reply"} <= record.keys():
-                raise KokaneeError(f"{path}, line {number} is no reply. Choose another place, or remove the file.")
-            self._count(record["key"], reply_of(record))
-        self._file: TextIO | None = None
-        self._synced_s = 0.0
-
-    def put(self, key: str, reply: Reply) -> None:
-        """Keep a reply; of an empty one only what it cost."""
-        self._count(key, reply)
-        if self.path is None:
-            return
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            mend_end(self.path)
-            self._file = self.path.open("a", **UTF8)
-        record = {"key": key, "reply": reply.text, "tokens_in": reply.tokens_in, "tokens_out": reply.tokens_out}
-        line = json.dumps(record if reply.finished else record | {"finished": False}, ensure_ascii=False)
-        self._file.write(line + "\n")
-        self._file.flush()
-        if time.monotonic() - self._synced_s > SYNCED_EVERY_S:
-            self._sync(self._file)
-
-    def _count(self, key: str, reply: Reply) -> None:
-        if reply.text:
-            self.known[key] = reply
-        self.tokens_in += reply.tokens_in
-        self.tokens_out += reply.tokens_out
-        self.n_paid += 1
-
-    def _sync(self, file: TextIO) -> None:
-        if self.path is not None and self.path.is_file():
-            os.fsync(file.fileno())
-        self._synced_s = time.monotonic()
-
-    def close(self) -> None:
-        """See all replies onto the disk. Another `put` opens the file again."""
-        if self._file is not None:
-            with self._file as file:
-                self._sync(file)
-            self._file = None
-
-
-def reply_of(record: dict[str, Any]) -> Reply:
-    """A reply as the file keeps it."""
-    return Reply(record["reply"], record.get("tokens_in", 0), record.get("tokens_out", 0), record.get("finished", True))
 
 
 class Asker:
@@ -428,7 +359,8 @@ async def each(
 ) -> AsyncGenerator[tuple[Job, Result | KokaneeError], None]:
     """Each job with its result as it is done, or the `KokaneeError` that it raised; `concurrency` jobs at a time.
 
-    After `Stop` no job is begun any more; those under way are finished. Whoever takes no more cancels them.
+    After `Stop` no job is begun any more; those under way are finished. Whoever takes no more cancels them. Raises
+    `Stop` where none of the first results, twice `concurrency` and at least 8, is an answer: there will be none.
     """
     waiting, stopped = iter(jobs), False
     done: asyncio.Queue[tuple[Job, Result | KokaneeError] | asyncio.Future[None]] = asyncio.Queue()
@@ -448,14 +380,18 @@ async def each(
     for task in workers:
         task.add_done_callback(done.put_nowait)
     try:
-        at_work = len(workers)
+        at_work, failures, hopeless = len(workers), 0, max(FEWEST_FAILURES, 2 * concurrency)
         while at_work:
             found = await done.get()
             if isinstance(found, asyncio.Future):
                 found.result()  # raises what no job may raise
                 at_work -= 1
-            else:
-                yield found
+                continue
+            if failures is not None:
+                failures = failures + 1 if isinstance(found[1], Unanswered) else None
+                if failures == hopeless:
+                    raise Stop(f"None of the first {hopeless} questions got an answer of use: {found[1]}")
+            yield found
     finally:
         for task in workers:
             task.cancel()

@@ -71,6 +71,8 @@ def read_predictions(path: Path) -> list[Prediction]:
         return of_records([found])
     if not isinstance(found, list):
         raise KokaneeError(f"{path} holds neither a record of captions nor a list of them. Give a file of captions.")
+    if not found:
+        raise KokaneeError(f"{path} holds no captions. Give a file of captions.")
     return [of_item(item, f"{path}, item {number}") for number, item in enumerate(found)]
 
 

@@ -121,7 +121,7 @@ def kinds(systems: Mapping[str, Scores]) -> str:
     heads = ["Captioner", "Captions"] + [f"{kind}: {part}" for kind in found for part in ("Miss", "Incorrect")]
     rows = []
     for name, made in systems.items():
-        cells = [cell(name), number(made.n_kinds)]
+        cells = [cell(name), number(made.n_by_kind)]
         for kind in found:
             counts = made.kinds.get(kind, Counts(0, 0, 0, 0))
             rated = rates([counts])

@@ -22,7 +22,6 @@ from kokanee.protocol import median_run
 from kokanee.world.score import UNREADABLE
 from kokanee.world.score import judge as judge_exactly
 
-FEWEST_FAILURES = 8
 MEASURES: dict[str, Callable[[Rates], float]] = {
     "missed": lambda r: r.missed,
     "incorrect": lambda r: r.incorrect,
@@ -96,7 +95,7 @@ class Scores:
     runs: list[Rates]
     median_run: int
     kinds: dict[str, Counts]
-    n_kinds: int
+    n_by_kind: int
     repetition: float
     words: float
     unjudged: Counter[str]
@@ -130,7 +129,7 @@ class Scores:
             "kinds": {kind: asdict(counts) for kind, counts in sorted(self.kinds.items())},
             "repetition": self.repetition,
             "words": self.words,
-            "kinds_of": self.n_kinds,
+            "captions_by_kind": self.n_by_kind,
             "unjudged": self.unjudged.total(),
             "unjudged_reasons": dict(self.unjudged.most_common()),
             "videos": [video_of(item, self.median_run) for item in self.items],
@@ -143,8 +142,11 @@ def matched(
     """Global and local items, and the predictions of which nothing is known.
 
     A file or interval of the ground truth without any prediction gets an empty one; `as_published` leaves out what has
-    no caption. Raises `KokaneeError` where no prediction belongs to the ground truth, and where two are of the same.
+    no caption. Raises `KokaneeError` where there is no ground truth, where no prediction belongs to it, and where two
+    are of the same.
     """
+    if not truth.truths:
+        raise KokaneeError("The file of events holds none. Give one that does.")
     items: dict[tuple[str, float | None, float | None, int], Item] = {}
     unknown: list[Prediction] = []
     reasons: dict[str, str] = {}
@@ -196,7 +198,6 @@ def judge_all(
 ) -> list[Item]:
     """The items with their judgements in `runs` runs. Raises `Stop`, and what is wrong with the question.
 
-    It also stops where none of the first judgements, twice as many as are asked for at a time, could be had.
     `on_judged` is told the number of judgements after each.
     """
     found: dict[tuple[int, int], Judgement | str] = {}
@@ -208,7 +209,6 @@ def judge_all(
 
     async def run() -> None:
         jobs = [(number, seed) for seed in range(runs) for number in range(len(items))]
-        hopeless = max(FEWEST_FAILURES, 2 * judge.concurrency)
         try:
             async with aclosing(each(jobs, work, judge.concurrency)) as done:
                 async for job, result in done:
@@ -218,8 +218,6 @@ def judge_all(
                     if isinstance(result, KokaneeError) and not isinstance(result, Unanswered):
                         raise result
                     found[job] = str(result) if isinstance(result, Unanswered) else result
-                    if len(found) == hopeless and all(isinstance(failure, str) for failure in found.values()):
-                        raise KokaneeError(f"None of the first {hopeless} judgements could be had: {found[job]}")
                     if on_judged is not None:
                         on_judged(len(found))
         finally:
