@@ -1,6 +1,6 @@
 """The decode loop: a batch of prompts -> tokens, one step at a time, from one prefill; and tokens -> text as it grows.
 
-The prompts with their media are computed once, whatever the number of samples. Every sample draws from a random stream
+The prompts with their media are computed once and kept once (`prompt_cache.py`), whatever the number of samples. Every sample draws from a random stream
 of its own that follows from the seed, the prompt's key and the sample's number alone: the same seed gives the same
 caption in any batch, up to the rounding of sums (which depends on the batch's shape, and matters in bfloat16 more than
 in float32).
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from kokanee.captions import Decoding, stream_seed
 from kokanee.errors import KokaneeError
 from kokanee.model import Kokanee
+from kokanee.prompt_cache import PromptCache, shared_prompt_in
 
 NO_TOKEN = -1
 UNFINISHED_CHARACTER = "\ufffd"
@@ -70,7 +71,6 @@ def steps(
     with memory_said():
         batch = {name: value.to(device) for name, value in batch.items() if name != "labels"}
     logits_RV, cache = prefill(model, batch, n_samples)
-    mask_RL = batch["attention_mask"].repeat_interleave(n_samples, 0)
     last_3R1 = batch["position_ids"][:, :, -1:].repeat_interleave(n_samples, 1)
     draw = uniform_numbers(decoding, keys or [""] * len(batch["input_ids"]), n_samples)
     ends = end_ids(model)
@@ -84,8 +84,7 @@ def steps(
         if all(ended) or step + 1 == decoding.max_new_tokens:
             return
         last_3R1 = last_3R1 + 1
-        mask_RL = torch.cat([mask_RL, mask_RL.new_ones(len(mask_RL), 1)], dim=1)
-        logits_RV = one_more(model, chosen_R, mask_RL, last_3R1, cache)
+        logits_RV = one_more(model, chosen_R, last_3R1, cache)
 
 
 @contextlib.contextmanager
@@ -102,29 +101,28 @@ def memory_said() -> Iterator[None]:
 
 @memory_said()
 @torch.no_grad()
-def prefill(model: Kokanee, batch: dict[str, torch.Tensor], n_samples: int) -> tuple[torch.Tensor, Any]:
-    """Scores (R, V) of the first token and the cache of the prompts, both repeated for each of the samples."""
+def prefill(model: Kokanee, batch: dict[str, torch.Tensor], n_samples: int) -> tuple[torch.Tensor, PromptCache]:
+    """Scores (R, V) of each sample's first token, and the cache of the prompts, which the samples share."""
     out = model(**batch, use_cache=True, logits_to_keep=1)
     assert out.logits is not None and out.past_key_values is not None
-    if n_samples > 1:
-        out.past_key_values.batch_repeat_interleave(n_samples)
-    return out.logits[:, -1].repeat_interleave(n_samples, 0), out.past_key_values
+    cache = PromptCache(out.past_key_values, batch["attention_mask"], n_samples)
+    return out.logits[:, -1].repeat_interleave(n_samples, 0), cache
 
 
 @memory_said()
 @torch.no_grad()
-def one_more(
-    model: Kokanee, tokens_R: torch.Tensor, mask_RL: torch.Tensor, position_3R1: torch.Tensor, cache: Any
-) -> torch.Tensor:
+def one_more(model: Kokanee, tokens_R: torch.Tensor, position_3R1: torch.Tensor, cache: PromptCache) -> torch.Tensor:
     """Scores (R, V) of the token after `tokens_R`; the cache grows by one."""
-    out = model(
-        input_ids=tokens_R.to(mask_RL.device)[:, None],
-        attention_mask=mask_RL,
-        position_ids=position_3R1,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    with shared_prompt_in(model):
+        # A token that was generated is never a placeholder, whatever its id, so it is embedded as text.
+        out = model(
+            inputs_embeds=model.get_input_embeddings()(tokens_R.to(position_3R1.device)[:, None]),
+            attention_mask={"full_attention": None},  # none is to be made
+            position_ids=position_3R1,
+            use_cache=False,
+            logits_to_keep=1,
+            prompt_cache=cache,
+        )
     assert out.logits is not None
     return out.logits[:, -1]
 
