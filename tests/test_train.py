@@ -19,7 +19,19 @@ from torch import nn
 from kokanee.errors import KokaneeError
 from kokanee.formats import read_jsonl
 from kokanee.recipes import Recipe
-from kokanee.train import CHECKPOINT, METRICS, Batch, Batches, Objective, choose, claim, learning_rate, means, train
+from kokanee.train import (
+    CHECKPOINT,
+    METRICS,
+    Batch,
+    Batches,
+    Objective,
+    Report,
+    choose,
+    claim,
+    learning_rate,
+    means,
+)
+from kokanee.train import train as train_chosen
 
 SMALL = {
     "stage": "conversations",
@@ -70,6 +82,17 @@ class Toy(Objective):
             loss = loss + torch.sqrt(self.head.bias * 0.0).sum()
         stats = {"even": batch["inputs"].mean().detach()} if number % 2 == 0 else {}
         return loss, {"mean": batch["inputs"].mean().detach(), **stats}
+
+
+def train(
+    objective: Objective,
+    settings: Recipe,
+    folder: Path,
+    report: Report | None = None,
+    start: dict[str, str] | None = None,
+) -> dict[str, float]:
+    """Train the parts that the recipe names."""
+    return train_chosen(objective, settings, folder, choose(objective, settings.train), report, start)
 
 
 class Killed(Exception):

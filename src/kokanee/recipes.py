@@ -14,16 +14,11 @@ Stage = Literal["visual encoder", "sound encoder", "conversations"]
 Checked = TypeVar("Checked", bound=BaseModel)
 
 
-class Recipe(BaseModel):
-    """One stage of training. Lengths of time are counted in steps, a step being one update of the weights."""
+class Training(BaseModel):
+    """How weights are trained. Lengths of time are counted in steps, a step being one update of the weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    stage: Stage = Field(description="what is learnt: labels by an encoder, or answers by the language model")
-    model: str = Field(
-        description="folder or hub name of the model to start from, or a YAML file of a fresh one's sizes"
-    )
-    train: tuple[str, ...] = Field(description="names of the parts that are trained; all others are frozen")
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1, description="samples in a batch of one process")
     accumulate: int = Field(1, ge=1, description="batches in a step")
@@ -43,6 +38,16 @@ class Recipe(BaseModel):
     evaluate_every: int = Field(500, ge=1)
     evaluate_batches: int = Field(8, ge=1)
     save_every: int = Field(500, ge=1)
+
+
+class Recipe(Training):
+    """One stage of training."""
+
+    stage: Stage = Field(description="what is learnt: labels by an encoder, or answers by the language model")
+    model: str = Field(
+        description="folder or hub name of the model to start from, or a YAML file of a fresh one's sizes"
+    )
+    train: tuple[str, ...] = Field(description="names of the parts that are trained; all others are frozen")
     data: dict[str, Any] = Field(default_factory=dict, description="settings of the stage's samples")
 
 

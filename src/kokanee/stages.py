@@ -60,7 +60,7 @@ def run_stage(recipe: Recipe, folder: Path, report: Report | None = None) -> dic
     model, processor = starting_model(recipe.model)
     objective = make_objective(recipe, model, processor)
     start = {"weights": fingerprint(model), "processor": fingerprint_of(processor)}
-    figures = train(objective, recipe, folder, report, start)
+    figures = train(objective, recipe, folder, choose(objective, recipe.train), report, start)
     objective.finish()
     if int(os.environ.get("RANK", "0")) == 0:
         save(model.eval(), processor, folder / "model")

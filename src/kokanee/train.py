@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kokanee.errors import KokaneeError
 from kokanee.formats import append_jsonl, differences, refuse_foreign, replaced_file, write_json
-from kokanee.recipes import Recipe
+from kokanee.recipes import Training
 
 Batch = dict[str, torch.Tensor]
 Stats = dict[str, torch.Tensor]
@@ -56,6 +56,10 @@ class Objective(nn.Module):
         """The loss, and figures by name; a figure that this batch does not define is left out."""
         raise NotImplementedError
 
+    def name_of(self, sample: int) -> str:
+        """What a sample of a batch is called, for messages."""
+        return str(sample)
+
     def samples(self) -> dict[str, str]:
         """What the batches are made of beside the recipe, by name: a run goes on only where this is the same."""
         return {}
@@ -67,7 +71,7 @@ class Objective(nn.Module):
 class Batches(Dataset):
     """The training batches of one process, by step and micro-step."""
 
-    def __init__(self, objective: Objective, recipe: Recipe, first_step: int, rank: int, processes: int) -> None:
+    def __init__(self, objective: Objective, recipe: Training, first_step: int, rank: int, processes: int) -> None:
         self.objective, self.recipe = objective, recipe
         self.first, self.rank, self.processes = first_step * recipe.accumulate, rank, processes
 
@@ -85,7 +89,7 @@ class Batches(Dataset):
 class Run:
     """What a step needs. `wrapped` is the objective as it is called in training: the same, or shared by processes."""
 
-    recipe: Recipe
+    recipe: Training
     folder: Path
     objective: Objective
     wrapped: nn.Module
@@ -96,12 +100,13 @@ class Run:
 
 def train(
     objective: Objective,
-    recipe: Recipe,
+    recipe: Training,
     folder: Path,
+    trained: dict[str, nn.Parameter],
     report: Report | None = None,
     start: dict[str, str] | None = None,
 ) -> dict[str, float]:
-    """Train the parts that the recipe names; returns the last step's figures, with those of its evaluation.
+    """Train the given weights (see `choose`); returns the last step's figures, with those of its evaluation.
 
     Goes on where an earlier run in `folder` stopped. `start` says what it starts from, such as fingerprints of weights.
     The main process calls `report(step, figures)` after every step. Raises `KokaneeError` when the folder holds a run
@@ -120,7 +125,6 @@ def train(
             f"The recipe is for processes: {recipe.processes}, but {accelerator.num_processes} run, which gives other "
             f"batches. Start it with torchrun --nproc-per-node {recipe.processes}, or change the recipe."
         )
-    trained = choose(objective, recipe.train)
     claim(folder, recipe, {**(start or {}), **objective.samples()})
     optimizer: Any = torch.optim.AdamW(
         list(trained.values()),
@@ -141,7 +145,7 @@ def train(
     return figures
 
 
-def claim(folder: Path, recipe: Recipe, start: dict[str, str] | None = None) -> None:
+def claim(folder: Path, recipe: Training, start: dict[str, str] | None = None) -> None:
     """Make the folder this recipe's with this start, or raise `KokaneeError` where it holds other files or another run,
     with what differs."""
     settings = {"recipe": json.loads(recipe.model_dump_json()), "start": start or {}}
@@ -248,13 +252,13 @@ def one_step(run: Run, batches: Iterator[Batch], step: int) -> dict[str, float]:
             accelerator.backward(loss / recipe.accumulate)
         found.append({"loss": float(loss.detach()), **{name: float(value) for name, value in stats.items()}})
     norm = float(torch.nn.utils.clip_grad_norm_(list(run.trained.values()), recipe.clip))
-    check_finite([figures["loss"] for figures in found], norm, samples, step)
+    check_finite([figures["loss"] for figures in found], norm, [run.objective.name_of(s) for s in samples], step)
     run.optimizer.step()
     figures = means(found)
     return {"loss": figures.pop("loss"), "gradient": norm, **figures, "learning_rate": rate}
 
 
-def check_finite(losses: list[float], norm: float, samples: list[int], step: int) -> None:
+def check_finite(losses: list[float], norm: float, samples: list[str], step: int) -> None:
     """Raise `KokaneeError` with the samples of the process whose loss is not finite, if a loss or the gradient is not.
 
     The gradient is the mean over all processes, so that one bad loss spoils it for all of them.
@@ -266,7 +270,7 @@ def check_finite(losses: list[float], norm: float, samples: list[int], step: int
     loss, samples = next((found for found in asked if not math.isfinite(found[0])), (loss, samples))
     raise KokaneeError(
         f"Step {step + 1}: the loss is {loss} and the gradient's length {norm}"
-        + (f", with samples {samples}" if samples else "")
+        + (f", with samples {', '.join(samples)}" if samples else "")
         + ". The weights were left as they were. Lower learning_rate, or look at these samples."
     )
 
@@ -292,7 +296,7 @@ def means(found: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(given) / len(given) for name, given in values.items()}
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
+def learning_rate(recipe: Training, step: int) -> float:
     """A linear rise over `warmup` steps, then a half cosine (or a straight line) down to `final_share` of the peak."""
     if step < recipe.warmup:
         return recipe.learning_rate * (step + 1) / recipe.warmup
