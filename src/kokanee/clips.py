@@ -1,23 +1,33 @@
 """Clips as the language model is shown them, encoded, and what is true of them: what rounds of mrDPO sample and judge.
 
-Encoders and aligners are frozen there, so that what they make of a clip is computed once.
+Encoders and aligners are frozen there, so that what they make of a clip is computed once. Clips of the world come from
+a store of features, all others from files, with the captions of people who saw them and their events.
 """
 
 from __future__ import annotations
 
+import json
 import random
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from kokanee.conversations import block_of
+from kokanee.conversations import block_of, digest
+from kokanee.errors import KokaneeError
 from kokanee.events import AtomicEvent
 from kokanee.features import Features, read_store
-from kokanee.ground_truth import Truth
+from kokanee.formats import append_jsonl, read_jsonl, replaced_file
+from kokanee.ground_truth import Truth, place, read_ground_truth
 from kokanee.layout import Block
 from kokanee.model import Kokanee
+from kokanee.predictions import read_predictions
 from kokanee.prefix import Sample
 from kokanee.processor import Processor
 from kokanee.prompt import Turn
@@ -27,6 +37,7 @@ from kokanee.world.language import write
 from kokanee.world.questions import CAPTION_PROMPTS, ask
 from kokanee.world.scene import Split, sample_scene
 
+UNREADABLE = "unreadable.jsonl"
 GroundTruthCaption = Literal["annotated", "exact"]
 
 
@@ -52,30 +63,80 @@ class Task:
     truth: Truth
     questions: tuple[tuple[str, str], ...] = ()
 
+    def asking(self, question: str) -> Task:
+        """The same clip, asked something else."""
+        return replace(self, prompt=question)
+
 
 class Clips(Protocol):
-    """A collection of clips. `n_tokens`: how long clip `number` is in a prompt, to batch like with like."""
+    """A collection of clips, by number. `n_tokens`: how long a clip is in a prompt, to batch like with like."""
 
     def __len__(self) -> int: ...
+
+    def identity(self) -> str:
+        """Which clips these are, and what is known of them."""
+        ...
+
+    def readable(self, numbers: Sequence[int], report: Callable[[int, int], None], share: tuple[int, int]) -> None:
+        """Encode those that are not yet; `share` (k, n): every n-th of them, from the k-th on."""
+        ...
+
+    def failed(self) -> dict[int, str]:
+        """Clips that could not be read, and why."""
+        ...
+
     def n_tokens(self, number: int) -> int: ...
     def view(self, number: int) -> View: ...
-    def task(self, number: int, ground_truth: GroundTruthCaption, n_questions: int, key: str) -> Task:
+
+    def task(self, number: int, n_questions: int, key: str) -> Task:
         """`key`: what the random choices (of a prompt, an annotator, questions) follow from."""
         ...
+
+
+class WorldData(BaseModel):
+    """Clips of the world: a folder of their features."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    features: str = Field(description="folder that `kokanee world features` wrote")
+    seed: int = Field(0, description="the world's seed, as in the store")
+    ground_truth: GroundTruthCaption = Field("annotated", description="whose caption the cross-entropy is of")
+    bias: dict[str, float] = Field(default_factory=dict, description="of the annotators, see world/annotators.py")
+
+
+class FileData(BaseModel):
+    """Videos of your own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    videos: str = Field(description="folder that the files' names start from")
+    captions: str = Field(description="captions of people who saw them, in any form that `kokanee score` reads")
+    events: str = Field(description="their events, as from `kokanee events`")
+    questions: str | None = Field(None, description='JSON lines {"file", "question", "answer"}')
+    prompts: tuple[str, ...] = Field((), description="requests for a caption; the checkpoint's own, if left out")
+    unreadable: float = Field(0.02, ge=0, le=1, description="largest share of files that may be left out as unreadable")
 
 
 class WorldClips:
     """Clips of the world, from the features of a store (`features.py`). The audio aligner runs here, once a clip."""
 
-    def __init__(
-        self, model: Kokanee, processor: Processor, folder: Path, split: Split, seed: int, bias: Bias
-    ) -> None:
-        self.model, self.processor, self.split, self.seed, self.bias = model, processor, split, seed, bias
-        self.features = read_store(folder, model, split, seed)
+    def __init__(self, model: Kokanee, processor: Processor, data: WorldData, split: Split) -> None:
+        self.model, self.processor, self.data, self.split = model, processor, data, split
+        self.bias = Bias(**data.bias)
+        self.features = read_store(Path(data.features), model, split, data.seed)
         self.heard: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.features)
+
+    def identity(self) -> str:
+        return digest([clip.stretch for clip in self.features])
+
+    def readable(self, numbers: Sequence[int], report: Callable[[int, int], None], share: tuple[int, int]) -> None:
+        pass
+
+    def failed(self) -> dict[int, str]:
+        return {}
 
     def n_tokens(self, number: int) -> int:
         clip = self.features[number]
@@ -91,25 +152,138 @@ class WorldClips:
             states_CSD = clip.audio_CSD.to(self.model.device, self.model.dtype)
             self.heard[number] = self.model.audio.align(states_CSD).flatten(0, 1).cpu()
         media = {"video_embeds": clip.video_ND.to(self.model.dtype), "audio_embeds": self.heard[number]}
-        return View(block_of(clip, "both", self.n_audio_tokens(clip)), media)
+        block = block_of(clip, "both", self.n_audio_tokens(clip))
+        assert block is not None
+        return View(block, media)
 
-    def task(self, number: int, ground_truth: GroundTruthCaption, n_questions: int, key: str) -> Task:
+    def task(self, number: int, n_questions: int, key: str) -> Task:
         stretch = self.features[number].stretch
-        scene = sample_scene(self.split, stretch.index, self.seed)
+        scene = sample_scene(self.split, stretch.index, self.data.seed)
         rng = random.Random(f"{key}/{self.split}/{stretch.index}")
         ends = (stretch.start_s, stretch.end_s)
         events = exact(scene, *ends)
-        facts = facts_of(events) if ground_truth == "exact" else annotate(events, self.bias, rng)
+        told = facts_of(events) if self.data.ground_truth == "exact" else annotate(events, self.bias, rng)
         found = tuple(AtomicEvent(event.text, event.sense) for event in events)
         name = f"{self.split}-{stretch.index:05d}"
         return Task(
             number,
             name,
             rng.choice(CAPTION_PROMPTS["both"]),
-            write(facts, rng),
+            write(told, rng),
             Truth(name, found, *ends, tuple(event.fact for event in events)),
             tuple((asked.text, asked.answer) for asked in ask(scene, rng, n_questions, *ends)),
         )
+
+
+@dataclass(frozen=True)
+class Known:
+    """A file, or an interval of it, with somebody's caption and its events."""
+
+    path: Path
+    caption: str
+    truth: Truth
+
+
+class FileClips:
+    """Clips in files. What the encoders make of them is kept in `store`, with the reasons of those that they cannot
+    read."""
+
+    def __init__(self, model: Kokanee, processor: Processor, data: FileData, store: Path, question: str) -> None:
+        self.model, self.processor, self.data, self.store = model, processor, data, store
+        self.prompts = data.prompts or (question,)
+        truths = read_ground_truth(Path(data.events))
+        told = [said for said in read_predictions(Path(data.captions)) if said.text and not said.sample]
+        found = [(said, truths.of(said)) for said in told]
+        self.known = [
+            Known(Path(data.videos) / said.file, said.text, truth)
+            for said, truth in found
+            if truth is not None and truth.events
+        ]
+        if not self.known:
+            raise KokaneeError(
+                f"No caption of {data.captions} is of a file that has events in {data.events}. Check that both are of "
+                "the same files."
+            )
+        self.asked: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
+        for record in read_jsonl(Path(data.questions)) if data.questions else ():
+            self.asked[record["file"]].append((record["question"], record["answer"]))
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def identity(self) -> str:
+        return digest([(one.path.as_posix(), one.caption, one.truth) for one in self.known])
+
+    def readable(self, numbers: Sequence[int], report: Callable[[int, int], None], share: tuple[int, int]) -> None:
+        missing = [number for number in numbers if not self.place(number).is_file()]
+        missing = [number for number in missing if number not in self.failed()][share[0] :: share[1]]
+        for done, number in enumerate(missing, 1):
+            try:
+                keep_view(self.place(number), self.watched(number))
+            except KokaneeError as error:
+                append_jsonl(
+                    self.store / UNREADABLE,
+                    [{"clip": number, "file": place(self.known[number].truth), "reason": str(error)}],
+                )
+            report(done, len(missing))
+
+    def failed(self) -> dict[int, str]:
+        path = self.store / UNREADABLE
+        return {record["clip"]: record["reason"] for record in read_jsonl(path)} if path.is_file() else {}
+
+    def watched(self, number: int) -> View:
+        one = self.known[number]
+        return watch(self.model, self.processor, one.path, one.truth.start_s, one.truth.end_s)
+
+    def place(self, number: int) -> Path:
+        return self.store / f"clip-{number:06d}.safetensors"
+
+    def n_tokens(self, number: int) -> int:
+        with safe_open(self.place(number), "pt") as file:
+            return sum(file.get_slice(name).get_shape()[0] for name in file.keys())  # noqa: SIM118
+
+    def view(self, number: int) -> View:
+        return read_view(self.place(number))
+
+    def task(self, number: int, n_questions: int, key: str) -> Task:
+        one = self.known[number]
+        rng = random.Random(f"{key}/{number}")
+        asked = self.asked[one.truth.file]
+        questions = tuple(rng.sample(asked, min(n_questions, len(asked))))
+        return Task(number, place(one.truth), rng.choice(self.prompts), one.caption, one.truth, questions)
+
+
+@torch.no_grad()
+def watch(
+    model: Kokanee, processor: Processor, path: Path, start_s: float | None = None, end_s: float | None = None
+) -> View:
+    """Read a file, or a part of it, and run the encoders."""
+    clip = processor.read(path, start_s, end_s)
+    sample = processor.prepare(clip, [Turn("user", "")])
+    names = ("pixel_values_videos", "video_grid_thw", "input_features")
+    media = model.encode_media(**{name: sample[name].to(model.device) for name in names if name in sample})
+    n_audio = len(media["audio_embeds"]) if "audio_embeds" in media else 0
+    if "video_grid_thw" not in sample:
+        return View(Block("audio", n_audio_tokens=n_audio), media)
+    t, h, w = sample["video_grid_thw"][0].tolist()
+    return View(Block("video", (t, h, w), clip.step_s, n_audio), media)
+
+
+def keep_view(path: Path, view: View) -> None:
+    """Write a view, whole or not at all."""
+    with replaced_file(path) as unfinished:
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in view.media.items()}
+        save_file(tensors, unfinished, metadata={"block": json.dumps(asdict(view.block))})
+
+
+def read_view(path: Path) -> View:
+    """A view that was kept."""
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+        block = json.loads(file.metadata()["block"])
+        media = {name: file.get_tensor(name) for name in names}
+    grid = block.pop("grid_thw")
+    return View(Block(grid_thw=None if grid is None else tuple(grid), **block), media)
 
 
 def open_prompt(processor: Processor, view: View, prompt: str) -> Sample:

@@ -14,14 +14,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch.nn import functional
 
 from kokanee.errors import KokaneeError
-from kokanee.features import Features, Stretch, read_store
+from kokanee.features import Features, read_store
 from kokanee.layout import Block
 from kokanee.model import Kokanee
 from kokanee.prefix import Sample, branch_mask, collate_packed, pack
@@ -203,9 +203,9 @@ def way_of(batch: Batch) -> Media:
     return "both" if seen and heard else "seen" if seen else "heard" if heard else "text"
 
 
-def digest(stretches: Sequence[Stretch]) -> str:
-    """A hash of which clips these are."""
-    return hashlib.sha256(repr(stretches).encode()).hexdigest()[:16]
+def digest(things: Sequence[Any]) -> str:
+    """A hash of what these are: stretches of scenes, or anything whose `repr` says what it is."""
+    return hashlib.sha256(repr(things).encode()).hexdigest()[:16]
 
 
 def sense_of(question: Question) -> Media:

@@ -8,24 +8,20 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kokanee import generation
 from kokanee.captions import Decoding
+from kokanee.clips import View, open_prompt, watch
 from kokanee.errors import KokaneeError
 from kokanee.events import Rates, rates, repetition_rate
 from kokanee.formats import read_jsonl
-from kokanee.layout import Block
 from kokanee.model import Kokanee
 from kokanee.processor import Processor
-from kokanee.prompt import Turn
 from kokanee.world.facts import Fact
 from kokanee.world.score import judge
 
 PROMPT = "Describe the video with its sounds."
 CAPTION_TOKENS = 160
 ANSWERING = Decoding(max_new_tokens=16)
-Sample = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -125,28 +121,6 @@ def mark(name: str, truths: Sequence[Sequence[Fact]], captions: Sequence[str]) -
     )
 
 
-@dataclass(frozen=True)
-class View:
-    """A clip that was watched once: its encoded media and their sizes in a prompt."""
-
-    block: Block
-    media: Sample
-
-
-@torch.no_grad()
-def watch(model: Kokanee, processor: Processor, path: Path) -> View:
-    """Read a file and run the encoders."""
-    clip = processor.read(path)
-    sample = processor.prepare(clip, [Turn("user", PROMPT)])
-    names = ("pixel_values_videos", "video_grid_thw", "input_features")
-    media = model.encode_media(**{name: sample[name].to(model.device) for name in names if name in sample})
-    n_audio = len(media["audio_embeds"]) if "audio_embeds" in media else 0
-    if "video_grid_thw" not in sample:
-        return View(Block("audio", n_audio_tokens=n_audio), media)
-    t, h, w = sample["video_grid_thw"][0].tolist()
-    return View(Block("video", (t, h, w), clip.step_s, n_audio), media)
-
-
 def answers(
     model: Kokanee,
     processor: Processor,
@@ -158,10 +132,7 @@ def answers(
     """Answers to questions about clips that were watched, stripped of white space. `keys`: see `generation.steps`."""
     texts: list[str] = []
     for start in range(0, len(asked), batch_size):
-        samples = [
-            {**processor.prepare_ids([Turn("user", text)], [view.block]), **view.media}
-            for view, text in asked[start : start + batch_size]
-        ]
+        samples = [open_prompt(processor, view, text) for view, text in asked[start : start + batch_size]]
         batch, part = processor.collate(samples, padding_side="left"), slice(start, start + batch_size)
         found = generation.answers(model, batch, decoding, keys=None if keys is None else keys[part])
         texts += [generation.text_of(processor.tokenizer, answer.ids).strip() for answer in found]

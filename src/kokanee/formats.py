@@ -103,6 +103,13 @@ def append_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
             os.fsync(file.fileno())
 
 
+def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write records, one line each, whole or not at all."""
+    with replaced_file(path) as unfinished, unfinished.open("w", **UTF8) as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
 def mend_end(path: Path) -> None:
     """End the last line of a file of records; where it is no JSON, a writer that was killed left it, and it is cut off.
 

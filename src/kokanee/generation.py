@@ -1,9 +1,9 @@
 """The decode loop: a batch of prompts -> tokens, one step at a time, from one prefill; and tokens -> text as it grows.
 
-The prompts with their media are computed once and kept once (`prompt_cache.py`), whatever the number of samples. Every sample draws from a random stream
-of its own that follows from the seed, the prompt's key and the sample's number alone: the same seed gives the same
-caption in any batch, up to the rounding of sums (which depends on the batch's shape, and matters in bfloat16 more than
-in float32).
+The prompts with their media are computed once and kept once (`prompt_cache.py`), whatever the number of samples. Every
+sample draws from a random stream of its own that follows from the seed, the prompt's key and the sample's number alone:
+the same seed gives the same caption in any batch, up to the rounding of sums (which depends on the batch's shape, and
+matters in bfloat16 more than in float32).
 
 Axes: B prompts, R rows (samples of a prompt stand next to each other), L tokens, V vocabulary.
 """

@@ -1,124 +1,143 @@
 """mrDPO: rounds in which a captioner learns from its own captions (arXiv 2506.15220, section on mrDPO).
 
-A round merges the last adapter, takes the merged model as sampler and reference, starts a new adapter (the LoRA proxy),
-samples captions of clips, judges them, picks pairs, trains with gDPO, and captions validation clips.
+A round takes the model that the last one left as sampler and reference, puts a new adapter (the LoRA proxy) onto it,
+samples captions of clips, has them judged, picks pairs, trains the adapter with gDPO, captions validation clips, and
+merges the adapter into the model.
 
 A run is a folder that can be killed and continued at any point, and then ends with the same weights, bit for bit on a
-CPU: `state.json` (the recipe), and for each round `round-NN/` with samples.jsonl, verdicts.jsonl, pairs.jsonl,
-reference.jsonl, train/, adapter/, validation.jsonl and, last, metrics.json. Captions are made in groups that follow
-from the recipe alone, so that a group which is made again comes out the same.
+CPU: `state.json` (the recipe) and for each round `round-NN/` with samples.jsonl, verdicts.jsonl, pairs.jsonl,
+reference.jsonl, train/, training.json, adapter/, validation*.jsonl and, written last, metrics.json. Merged weights are
+not kept: they are made again from the base and the adapters.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
 import random
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
 
 from kokanee.adapters import load_adapter, merge
 from kokanee.captions import Decoding
 from kokanee.checkpoints import load, save
-from kokanee.clips import Clips, GroundTruthCaption, Task, WorldClips, open_prompt
+from kokanee.clips import Clips, FileClips, FileData, Task, WorldClips, WorldData
 from kokanee.defaults import Defaults, origin
+from kokanee.drafts import Team, Writer, candidates, device_of, figures, verdicts
+from kokanee.endpoint import Asker, Endpoint
 from kokanee.errors import KokaneeError
-from kokanee.events import Counts, rates, repetition_rate
-from kokanee.formats import append_jsonl, read_json, read_jsonl, write_json
-from kokanee.generation import answers, text_of
+from kokanee.formats import read_json, write_json, write_jsonl
+from kokanee.judges import LanguageModelJudge
 from kokanee.model import Kokanee
-from kokanee.pairs import Candidate, Pair, PairRules, dropped, picked
+from kokanee.pairs import Pair, PairRules, dropped, picked
+from kokanee.preferences import PACKED, Lesson, Loss, Preferences, Weights
 from kokanee.prefix import branch_attention_in
-from kokanee.preferences import Lesson, Loss, Preferences, Weights
 from kokanee.processor import Processor
 from kokanee.recipes import Training
-from kokanee.scoring import ExactJudge, Judge, judge_all
-from kokanee.scoring import Item as Judged
-from kokanee.predictions import Prediction
+from kokanee.scoring import ExactJudge, Judge, ModelJudge
 from kokanee.stages import fingerprint_of
-from kokanee.train import claim, train
+from kokanee.train import CHECKPOINT, claim, train
 from kokanee.weights import fingerprint
-from kokanee.world.annotators import Bias
+from kokanee.world.scene import Split
 
-ROUND = "round-{:02d}"
-SAMPLES, VERDICTS, PAIRS, REFERENCE = "samples.jsonl", "verdicts.jsonl", "pairs.jsonl", "reference.jsonl"
-VALIDATION, ROUND_METRICS, ADAPTER, TRAIN = "validation.jsonl", "metrics.json", "adapter", "train"
-JUDGED_TOGETHER = 256
 VERSION = 1
+SAMPLES, VERDICTS, PAIRS, REFERENCE = "samples.jsonl", "verdicts.jsonl", "pairs.jsonl", "reference.jsonl"
+GREEDY, SAMPLED = "validation", "validation-sampled"
+TRAIN, TRAINING, ADAPTER, FIGURES = "train", "training.json", "adapter", "metrics.json"
+REPLIES, MEDIA, MODEL = "replies.jsonl", "media", "model"
+Progress = Callable[[str, int, int, dict[str, float]], None]
+FORBID = ConfigDict(frozen=True, extra="forbid")
 
 
 class Lora(BaseModel):
     """The adapter of a round; the defaults are the paper's."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = FORBID
 
-    r: int = Field(128, ge=1)
-    alpha: float = Field(256, gt=0)
-    dropout: float = Field(0.05, ge=0, lt=1)
+    r: int = Field(default=128, ge=1)
+    alpha: int = Field(default=256, ge=1)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
     modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
 
 
-class WorldData(BaseModel):
-    """Clips of the world, as folders of features."""
+class Judging(BaseModel):
+    """How a language model is asked for verdicts; see `endpoint.Endpoint`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = FORBID
 
-    train: str
-    validation: str
-    seed: int = 0
-    bias: dict[str, float] = Field(default_factory=dict)
+    base_url: str | None = None
+    concurrency: int = Field(default=16, ge=1)
+    max_tokens: int = Field(default=4096, ge=1)
+    per_minute: float | None = None
+    budget_tokens: int | None = None
+    budget_money: float | None = None
+    prices: tuple[float, float] | None = None
+
+
+class Data(BaseModel):
+    """The clips: to learn from, and to be measured by after each round."""
+
+    model_config = FORBID
+
+    train: WorldData | FileData
+    validation: WorldData | FileData
 
 
 class MrdpoRecipe(Training):
-    """A run of mrDPO. `steps` are those of one round."""
+    """A run of mrDPO. The loop's settings (`steps`, `learning_rate`, `warmup`, ...) are those of one round.
+
+    Defaults that the paper gives are the paper's: rounds, steps, top_p, beta, gt_weight, lora, qa_from_round.
+    """
 
     stage: Literal["mrdpo"]
-    model: str
+    model: str = Field(description="folder or hub name of the model to start from, that of supervised fine-tuning")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
     rounds: int = Field(6, ge=1)
-    steps: int = Field(1000, ge=1, description="of each round; 1,000 in the paper")
+    steps: int = Field(1000, ge=1, description="of each round")
     clips: int = Field(ge=1, description="clips that are captioned in each round")
-    samples: int = Field(4, ge=2, description="captions of each clip")
+    samples: int = Field(4, ge=2, description="captions of each clip; not given in the paper")
     temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(0.9, gt=0, le=1, description="0.9 in the paper")
+    top_p: float = Field(0.9, gt=0, le=1)
     max_new_tokens: int = Field(1024, ge=1)
-    caption_batch: int = Field(32, ge=1, description="clips captioned together")
-    judge: str = "exact"
+    caption_batch: int = Field(8, ge=1, description="clips captioned together")
+    judge: str = Field("exact", description="exact (clips of the world), or openai:MODEL")
+    judging: Judging = Judging()
     pairs: PairRules = PairRules()
-    loss: Loss = "gdpo"
+    loss: Loss = Field("gdpo", description="dpo: without the ground truth; ce: the ground truth alone")
     beta: float = Field(0.1, gt=0)
-    gt_weight: float = Field(0.1, ge=0)
-    ground_truth: GroundTruthCaption = "annotated"
-    proxy: bool = True
+    gt_weight: float = Field(0.1, ge=0, description="of the ground truth's cross-entropy, lambda in the paper")
+    proxy: bool = Field(True, description="a new adapter each round; false: one adapter is trained on")
     lora: Lora = Lora()
-    qa_from_round: int = Field(6, ge=1)
-    questions: int = Field(4, ge=0)
-    qa_weight: float = Field(0.1, ge=0)
+    qa_from_round: int = Field(6, ge=1, description="from this round on questions are answered too")
+    questions: int = Field(4, ge=0, description="questions about each clip then")
+    qa_weight: float = Field(0.1, ge=0, description="of their answers' cross-entropy; not given in the paper")
     validation_clips: int = Field(200, ge=1)
-    data: WorldData
+    patience: int | None = Field(None, ge=1, description="stop after so many rounds without a lower validation error")
+    keep: Literal["last", "best"] = Field("last", description="whose weights are left; best: on validation, greedy")
+    data: Data
 
     @property
     def n_held_out(self) -> int:
+        """Pairs of a round that are not trained on, to check by."""
         return self.evaluate_batches * self.batch_size
 
-
-Progress = Callable[[str, int, int, dict[str, float]], None]
+    def seed_of(self, number: int) -> int:
+        """The seed of a round."""
+        return self.seed * 1000 + number
 
 
 @dataclass
-class Rounds:
-    """A run under way: the model (merged so far), its processor, and the clips."""
+class Run:
+    """A run under way. `model` is merged up to the last round; `adapted` is the same with an adapter not merged yet."""
 
     recipe: MrdpoRecipe
     folder: Path
@@ -126,290 +145,267 @@ class Rounds:
     processor: Processor
     clips: Clips
     validation: Clips
-    state: PartialState
+    team: Team
     report: Progress
     adapted: PeftModel | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
-    def is_main(self) -> bool:
-        return self.state.is_main_process
+    def writer(self) -> Writer:
+        return Writer(self.model, self.processor, self.recipe.caption_batch, self.team)
+
+    def place(self, number: int) -> Path:
+        return self.folder / f"round-{number:02d}"
+
+    def judge(self) -> Judge:
+        return judge_of(self.recipe, self.folder / REPLIES)
+
+    def timed(self, name: str, work: Callable[[], Any]) -> Any:
+        started = time.monotonic()
+        made = work()
+        self.seconds[name] = round(time.monotonic() - started, 1)
+        return made
 
 
 def run_mrdpo(recipe: MrdpoRecipe, folder: Path, report: Progress) -> list[dict[str, Any]]:
-    """All rounds in `folder`; the figures of each, the first being those of the model that it starts from."""
+    """All rounds in `folder`, and the model that they leave in `folder/model`; the figures of each round, the first
+    being those of the model that it starts from.
+
+    `report(what, done, total, figures)` tells how far each piece of work is. Raises `KokaneeError` where the folder
+    holds a run with other settings, where clips, judge or pairs do not suffice, and where a loss is not finite.
+    """
+    run = opened(recipe, folder, report)
+    found = [first_figures(run)]
+    while len(found) <= recipe.rounds and not is_over(found, recipe.patience):
+        found.append(one_round(run, len(found)))
+    kept = best(found) if recipe.keep == "best" else len(found) - 1
+    model = merge(run.adapted) if run.adapted is not None else run.model
+    if kept < len(found) - 1:
+        model = remade(run, kept)
+    if run.team.is_main:
+        Defaults.of(origin(recipe.model)).save(save(model.eval(), run.processor, folder / MODEL))
+        write_json(folder / FIGURES, {"version": VERSION, "kept": kept, "rounds": found})
+    run.team.wait()
+    return found
+
+
+def opened(recipe: MrdpoRecipe, folder: Path, report: Progress) -> Run:
+    """The run with its model and clips; the folder is the recipe's from now on."""
     state = PartialState(cpu=recipe.device == "cpu", timeout=datetime.timedelta(days=7))
-    model, processor = load(recipe.model, dtype="float32")
-    claim(folder, recipe, {"weights": fingerprint(model), "processor": fingerprint_of(processor)})
-    bias = Bias(**recipe.data.bias)
-    seed = recipe.data.seed
-    clips = WorldClips(model, processor, Path(recipe.data.train), "train", seed, bias)
-    validation = WorldClips(model, processor, Path(recipe.data.validation), "validation", seed, bias)
-    run = Rounds(recipe, folder, model.eval(), processor, clips, validation, state, report)
-    figures = [round_zero(run)]
-    for number in range(1, recipe.rounds + 1):
-        figures.append(one_round(run, number))
-    if run.adapted is not None:
-        run.model = merge(run.adapted)
-    if run.is_main:
-        save(run.model.eval(), processor, folder / "model")
-        Defaults.of(origin(recipe.model)).save(folder / "model")
-    return figures
+    judge_of(recipe, folder / REPLIES)  # a judge that cannot be is told before anything runs
+    model, processor = load(recipe.model, dtype=recipe.dtype, device=device_of(state))
+    question = Defaults.of(origin(recipe.model)).question
+
+    def clips_of(data: WorldData | FileData, split: Split) -> Clips:
+        if isinstance(data, WorldData):
+            return WorldClips(model, processor, data, split)
+        return FileClips(model, processor, data, folder / MEDIA / split, question)
+
+    clips, validation = clips_of(recipe.data.train, "train"), clips_of(recipe.data.validation, "validation")
+    start = {"weights": fingerprint(model), "processor": fingerprint_of(processor)}
+    claim(folder, recipe, {**start, "train": clips.identity(), "validation": validation.identity()})
+    return Run(recipe, folder, model.eval(), processor, clips, validation, Team(state), report)
 
 
-def round_zero(run: Rounds) -> dict[str, Any]:
-    """The figures of the model that the run starts from."""
-    place = run.folder / ROUND.format(0)
-    if not (place / ROUND_METRICS).is_file():
-        finish(run, place, {"round": 0, **evaluate(run, place)})
-    return read_json(place / ROUND_METRICS)
+def judge_of(recipe: MrdpoRecipe, replies: Path) -> Judge:
+    """The judge that the recipe names. Raises `KokaneeError` where it names none."""
+    kind, _, name = recipe.judge.partition(":")
+    if recipe.judge == "exact":
+        return ExactJudge()
+    if kind != "openai" or not name:
+        raise KokaneeError(f"There is no judge {recipe.judge!r}. Give exact or openai:MODEL.")
+    return ModelJudge(LanguageModelJudge(Asker(Endpoint(name, **recipe.judging.model_dump()), replies)))
 
 
-def one_round(run: Rounds, number: int) -> dict[str, Any]:
-    """Round `number`, or what is left of it; its figures. `run.model` is then the next round's."""
-    recipe, place = run.recipe, run.folder / ROUND.format(number)
-    started = time.monotonic()
-    seconds: dict[str, float] = {}
-
-    def timed(name: str) -> None:
-        nonlocal started
-        seconds[name], started = round(time.monotonic() - started, 1), time.monotonic()
-
-    done = (place / ROUND_METRICS).is_file()
-    figures: dict[str, Any] = {"round": number}
-    if not (place / ADAPTER).is_dir():
-        tasks = tasks_of(run, number)
-        lessons = [lesson_of(task) for task in tasks]
-        if recipe.loss != "ce":
-            records = caption(run, place / SAMPLES, run.clips, tasks, sampling(recipe, number), recipe.samples, "sample")
-            timed("sample")
-            verdicts = judge(run, place / VERDICTS, tasks, records)
-            timed("judge")
-            lessons, picking = pick(run, place / PAIRS, tasks, records, verdicts)
-            figures["pairs"] = picking
-        if number < recipe.qa_from_round:
-            lessons = [replace(lesson, questions=()) for lesson in lessons]
-        need(lessons, recipe)
-        new_adapter(run, number)
-        figures["training"] = learn(run, place, number, lessons)
-        timed("train")
-        keep_adapter(run, place)
-        if run.is_main:
-            write_json(place / "training.json", {**figures, "seconds": seconds})
-    else:
-        run.adapted = load_adapter(run.model, place / ADAPTER)
-        if run.is_main and not done:
-            known = read_json(place / "training.json") if (place / "training.json").is_file() else {}
-            figures, seconds = {**figures, **known}, known.get("seconds", {})
-    if recipe.proxy:
-        assert run.adapted is not None
-        run.model, run.adapted = merge(run.adapted), None
-    if not done:
-        started = time.monotonic()
-        figures |= evaluate(run, place)
-        timed("evaluate")
-        finish(run, place, {**figures, "seconds": seconds})
-    return read_json(place / ROUND_METRICS)
+def total_of(found: dict[str, Any]) -> float:
+    """The error by which rounds are compared: of greedy captions of the validation clips."""
+    return found["greedy"]["total"]
 
 
-def finish(run: Rounds, place: Path, figures: dict[str, Any]) -> None:
-    if run.is_main:
-        write_json(place / ROUND_METRICS, {"version": VERSION, **figures})
-    run.state.wait_for_everyone()
+def best(found: Sequence[dict[str, Any]]) -> int:
+    """The round with the lowest validation error, the first of equals."""
+    return min(range(len(found)), key=lambda number: (total_of(found[number]), number))
 
 
-def tasks_of(run: Rounds, number: int) -> list[Task]:
-    """The clips of a round, in groups of like length. Rounds go through all clips before any comes again."""
+def is_over(found: Sequence[dict[str, Any]], patience: int | None) -> bool:
+    """Whether the last `patience` rounds brought no lower error."""
+    return patience is not None and len(found) - 1 - best(found) >= patience
+
+
+def remade(run: Run, rounds: int) -> Kokanee:
+    """The model after so many rounds, from the base and the adapters on disk."""
     recipe = run.recipe
-    order = list(range(len(run.clips)))
-    random.Random(f"{recipe.seed}/clips").shuffle(order)
-    first = (number - 1) * recipe.clips
-    chosen = [order[(first + place) % len(order)] for place in range(min(recipe.clips, len(order)))]
-    chosen.sort(key=run.clips.n_tokens)
-    key = f"{recipe.seed}/{number}"
-    return [run.clips.task(clip, recipe.ground_truth, recipe.questions, key) for clip in chosen]
+    model, _ = load(recipe.model, dtype=recipe.dtype, device=device_of(run.team.state))
+    for number in range(1, rounds + 1):
+        if recipe.proxy or number == rounds:
+            model = merge(load_adapter(model, run.place(number) / ADAPTER))
+    return model
 
 
-def lesson_of(task: Task, chosen: str = "", rejected: str = "") -> Lesson:
-    return Lesson(task.number, task.name, task.prompt, task.ground_truth, chosen, rejected, task.questions)
+def first_figures(run: Run) -> dict[str, Any]:
+    """The figures of the model that the run starts from."""
+    if not (run.place(0) / FIGURES).is_file():
+        finish(run, 0, run.timed("evaluate", lambda: evaluated(run, 0)))
+    return read_json(run.place(0) / FIGURES)
 
 
-def sampling(recipe: MrdpoRecipe, number: int) -> Decoding:
-    return Decoding(recipe.temperature, recipe.top_p, recipe.seed * 1000 + number, recipe.max_new_tokens)
+def one_round(run: Run, number: int) -> dict[str, Any]:
+    """Round `number`, or what is left of it; its figures. Afterwards the run holds the next round's model."""
+    place, recipe = run.place(number), run.recipe
+    if (place / ADAPTER).is_dir():
+        run.adapted = load_adapter(bare(run), place / ADAPTER)
+    else:
+        made = learnt(run, number)
+        if run.team.is_main:
+            write_json(place / TRAINING, {**made, "seconds": run.seconds})
+            keep_adapter(run.adapted, place)
+        run.team.wait()
+    if not (place / FIGURES).is_file():
+        made = read_json(place / TRAINING)
+        run.seconds = made.pop("seconds")
+        finish(run, number, {**made, **run.timed("evaluate", lambda: evaluated(run, number))})
+    if recipe.proxy and run.adapted is not None:
+        run.model, run.adapted = merge(run.adapted), None
+    return read_json(place / FIGURES)
 
 
-def caption(
-    run: Rounds, path: Path, clips: Clips, tasks: Sequence[Task], decoding: Decoding, n_samples: int, what: str
-) -> list[dict[str, Any]]:
-    """Captions of all tasks, a record a clip, in order; goes on where the file ends. The processes share the groups."""
-    size, team = run.recipe.caption_batch, run.state
-    done = len(read_jsonl(path)) if path.is_file() else 0
-    groups = [tasks[at : at + size] for at in range(0, len(tasks), size)]
-    run.state.wait_for_everyone()
-    for first in range(done // size, len(groups), team.num_processes):
-        mine = groups[first + team.process_index] if first + team.process_index < len(groups) else []
-        found = gathered(caption_group(run, clips, mine, decoding, n_samples))
-        fresh = found[max(0, done - first * size) :]
-        if run.is_main:
-            append_jsonl(path, fresh)
-        done = max(done, first * size + len(found))
-        run.report(what, done, len(tasks), {})
-    run.state.wait_for_everyone()
-    return read_jsonl(path)
+def bare(run: Run) -> Kokanee:
+    """The model without the adapter of an earlier round, if one is on it that was not merged."""
+    if run.adapted is not None:
+        model: Any = run.adapted.unload()
+        run.adapted = None
+        return model
+    return run.model
 
 
-def caption_group(
-    run: Rounds, clips: Clips, tasks: Sequence[Task], decoding: Decoding, n_samples: int
-) -> list[dict[str, Any]]:
-    if not tasks:
-        return []
-    prompts = [open_prompt(run.processor, clips.view(task.number), task.prompt) for task in tasks]
-    batch = run.processor.collate(prompts, padding_side="left")
-    found = answers(run.model, batch, decoding, n_samples, [task.name for task in tasks])
-    tokenizer = run.processor.tokenizer
-    return [
-        {
-            "version": VERSION,
-            "clip": task.name,
-            "prompt": task.prompt,
-            "seed": decoding.seed,
-            "captions": [text_of(tokenizer, answer.ids) for answer in row],
-            "finished": [answer.finished for answer in row],
-        }
-        for task, row in zip(tasks, rows_of(found, n_samples), strict=True)
-    ]
+def finish(run: Run, number: int, made: dict[str, Any]) -> None:
+    """Note that a round is done."""
+    if run.team.is_main:
+        write_json(run.place(number) / FIGURES, {"version": VERSION, "round": number, **made, "seconds": run.seconds})
+    run.seconds = {}
+    run.team.wait()
 
 
-def rows_of(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for at in range(0, len(items), size):
-        yield items[at : at + size]
-
-
-def gathered(found: list[Any]) -> list[Any]:
-    """What all processes found, in their order."""
-    return gather_object(found)
-
-
-def make_judge(run: Rounds) -> Judge:
-    return ExactJudge()
-
-
-def judge(run: Rounds, path: Path, tasks: Sequence[Task], records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The verdict on every caption, a record a clip."""
-    if run.is_main:
-        done = len(read_jsonl(path)) if path.is_file() else 0
-        for at in range(done, len(tasks), JUDGED_TOGETHER):
-            part = slice(at, at + JUDGED_TOGETHER)
-            append_jsonl(path, verdicts_of(run, tasks[part], records[part]))
-            run.report("judge", min(at + JUDGED_TOGETHER, len(tasks)), len(tasks), {})
-    run.state.wait_for_everyone()
-    return read_jsonl(path)
-
-
-def verdicts_of(run: Rounds, tasks: Sequence[Task], records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    items = [
-        Judged(Prediction(task.name, text, sample=sample, finished=finished), task.truth)
-        for task, record in zip(tasks, records, strict=True)
-        for sample, (text, finished) in enumerate(zip(record["captions"], record["finished"], strict=True))
-    ]
-    judged = iter(judge_all(items, make_judge(run)))
-    made = []
-    for record in records:
-        found = [next(judged) for _ in record["captions"]]
-        counts = [None if item.judgements[0] is None else asdict(item.judgements[0].counts) for item in found]
-        repeated = [repetition_rate(text) for text in record["captions"]]
-        made.append({"version": VERSION, "clip": record["clip"], "counts": counts, "repetition": repeated})
+def learnt(run: Run, number: int) -> dict[str, Any]:
+    """Sample, judge, pick and train; what came out, in figures."""
+    recipe, place, made = run.recipe, run.place(number), {}
+    tasks = tasks_of(run, number)
+    if recipe.loss == "ce":
+        lessons = [lesson_of(task) for task in tasks]
+    else:
+        decoding = Decoding(recipe.temperature, recipe.top_p, recipe.seed_of(number), recipe.max_new_tokens)
+        drafts = run.timed(
+            "sample",
+            lambda: run.writer.captions(
+                place / SAMPLES, run.clips, tasks, decoding, recipe.samples, told(run, "sample", number)
+            ),
+        )
+        judged = run.timed(
+            "judge",
+            lambda: verdicts(place / VERDICTS, run.judge(), tasks, drafts, run.team, told(run, "judge", number)),
+        )
+        lessons, made["pairs"] = pick(run, place / PAIRS, tasks, drafts, judged)
+    if number < recipe.qa_from_round:
+        lessons = [replace(lesson, questions=()) for lesson in lessons]
+    random.Random(f"{recipe.seed}/{number}/lessons").shuffle(lessons)
+    check_enough(len(lessons), recipe)
+    made["training"] = run.timed("train", lambda: trained(run, number, lessons))
     return made
 
 
+def told(run: Run, what: str, number: int) -> Callable[[int, int], None]:
+    """Reports of a piece of a round's work."""
+    return lambda done, total: run.report(f"round {number}, {what}", done, total, {})
+
+
+def tasks_of(run: Run, number: int) -> list[Task]:
+    """The clips of a round that can be read, in groups of like length. All clips come before any comes again."""
+    recipe, order = run.recipe, list(range(len(run.clips)))
+    random.Random(f"{recipe.seed}/clips").shuffle(order)
+    first = (number - 1) * recipe.clips
+    chosen = [order[(first + place) % len(order)] for place in range(min(recipe.clips, len(order)))]
+    return tasks_for(run, run.clips, recipe.data.train, chosen, recipe.questions, f"{recipe.seed}/{number}")
+
+
+def tasks_for(
+    run: Run, clips: Clips, data: WorldData | FileData, numbers: Sequence[int], n_questions: int, key: str
+) -> list[Task]:
+    """Tasks of the clips of these numbers that can be read, by length.
+
+    Raises `KokaneeError` where more of them cannot be read than `data` allows.
+    """
+    state = run.team.state
+    clips.readable(
+        numbers, lambda done, total: run.report("read", done, total, {}), (state.process_index, state.num_processes)
+    )
+    run.team.wait()
+    failed = clips.failed()
+    lost = [number for number in numbers if number in failed]
+    if isinstance(data, FileData) and len(lost) > data.unreadable * len(numbers):
+        raise KokaneeError(
+            f"{len(lost)} of {len(numbers)} files cannot be read, such as: {failed[lost[0]]} "
+            "Mend or remove these files, or allow for more with data.train.unreadable."
+        )
+    left = sorted((number for number in numbers if number not in failed), key=lambda n: (clips.n_tokens(n), n))
+    return [clips.task(number, n_questions, key) for number in left]
+
+
+def lesson_of(task: Task, chosen: str = "", rejected: str = "") -> Lesson:
+    """What is learnt from a clip."""
+    return Lesson(task.number, task.name, task.prompt, task.ground_truth, chosen, rejected, task.questions)
+
+
 def pick(
-    run: Rounds,
-    path: Path,
-    tasks: Sequence[Task],
-    records: Sequence[dict[str, Any]],
-    verdicts: Sequence[dict[str, Any]],
+    run: Run, path: Path, tasks: Sequence[Task], drafts: Sequence[dict[str, Any]], judged: Sequence[dict[str, Any]]
 ) -> tuple[list[Lesson], dict[str, Any]]:
-    """Lessons from the better and the worse captions of each clip, in random order, and what was dropped."""
+    """Lessons from better and worse captions of each clip, which are also written as pairs; and figures of them."""
     rules = run.recipe.pairs
-    lessons, pairs, lost, all_counts = [], [], [], []
-    repeated = 0.0
-    for task, record, verdict in zip(tasks, records, verdicts, strict=True):
-        candidates = [
-            Candidate(text, Counts(**counts), repetition)
-            for text, counts, repetition in zip(
-                record["captions"], verdict["counts"], verdict["repetition"], strict=True
-            )
-            if counts is not None
-        ]
-        all_counts += [candidate.counts for candidate in candidates]
-        repeated += sum(candidate.repetition for candidate in candidates)
-        found, why = picked(candidates, rules)
+    lessons, pairs, lost, everything = [], [], [], []
+    for task, draft, verdict in zip(tasks, drafts, judged, strict=True):
+        made = candidates(draft, verdict)
+        everything += made
+        found, why = picked(made, rules)
         lost.append(why)
         for better, worse in found:
             lessons.append(lesson_of(task, better.text, worse.text))
-            pairs.append(
-                Pair(
-                    task.name,
-                    task.prompt,
-                    better.text,
-                    worse.text,
-                    task.ground_truth,
-                    task.truth.start_s,
-                    task.truth.end_s,
-                    better.score(rules),
-                    worse.score(rules),
-                )
-            )
-    if run.is_main and not path.is_file():
-        append_jsonl(path, [pair.as_record() for pair in pairs])
-    run.state.wait_for_everyone()
-    random.Random(f"{run.recipe.seed}/{path.parent.name}/pairs").shuffle(lessons)
-    sampled = rates(all_counts)
-    figures = {
+            ends, scores = (task.truth.start_s, task.truth.end_s), (better.score(rules), worse.score(rules))
+            pairs.append(Pair(task.truth.file, task.prompt, better.text, worse.text, task.ground_truth, *ends, *scores))
+    if run.team.is_main:
+        write_jsonl(path, [pair.as_record() for pair in pairs])
+    sampled, count = figures(everything), max(1, len(pairs))
+    return lessons, {
         "pairs": len(pairs),
         "dropped": dropped(lost),
-        "chosen_score": mean([pair.chosen_score or 0.0 for pair in pairs]),
-        "rejected_score": mean([pair.rejected_score or 0.0 for pair in pairs]),
-        "chosen_words": mean([len(pair.chosen.split()) for pair in pairs]),
-        "rejected_words": mean([len(pair.rejected.split()) for pair in pairs]),
-        "sampled_total": sampled.total,
-        "sampled_hall": sampled.hall,
-        "sampled_repetition": 100.0 * repeated / max(1, len(all_counts)),
+        "unjudged": sum(len(draft["captions"]) for draft in drafts) - len(everything),
+        "chosen_score": sum(pair.chosen_score or 0.0 for pair in pairs) / count,
+        "rejected_score": sum(pair.rejected_score or 0.0 for pair in pairs) / count,
+        "chosen_words": sum(len(pair.chosen.split()) for pair in pairs) / count,
+        "rejected_words": sum(len(pair.rejected.split()) for pair in pairs) / count,
+        **{f"sampled_{name}": sampled[name] for name in ("total", "hall", "repetition", "words")},
     }
-    return lessons, figures
 
 
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / max(1, len(values))
-
-
-def need(lessons: Sequence[Lesson], recipe: MrdpoRecipe) -> None:
-    wanted = recipe.n_held_out + recipe.batch_size * recipe.processes
-    if len(lessons) < wanted:
+def check_enough(n_lessons: int, recipe: MrdpoRecipe) -> None:
+    """Raise `KokaneeError` where a round has too few lessons for one step and for its check."""
+    wanted = recipe.n_held_out + recipe.batch_size * recipe.processes * recipe.accumulate
+    if n_lessons < wanted:
         raise KokaneeError(
-            f"This round has {len(lessons)} pairs, but {wanted} are needed ({recipe.n_held_out} of them to check by). "
-            "Sample more clips (clips), more captions (samples), lower pairs.min_gap, or make batches smaller."
+            f"This round has {n_lessons} pairs, but one step and its check take {wanted} "
+            f"({recipe.n_held_out} to check by). Sample more clips (clips), more captions (samples), lower "
+            "pairs.min_gap, or make batches smaller."
         )
 
 
-def new_adapter(run: Rounds, number: int) -> None:
-    """Put a fresh adapter onto the model (B = 0: it changes nothing yet), or go on with the last round's."""
-    recipe = run.recipe
+def trained(run: Run, number: int, lessons: Sequence[Lesson]) -> dict[str, float]:
+    """Train an adapter on the lessons: a new one, whose B is 0, or the last round's further. The last figures."""
+    recipe, place = run.recipe, run.place(number)
     if run.adapted is None:
-        torch.manual_seed(recipe.seed * 1000 + number)
-        config = LoraConfig(
-            r=recipe.lora.r,
-            lora_alpha=recipe.lora.alpha,  # pyright: ignore[reportArgumentType]
-            lora_dropout=recipe.lora.dropout,
-            target_modules=rf"language_model\..*\.({'|'.join(recipe.lora.modules)})",
-        )
-        run.adapted = get_peft_model(run.model, config)  # pyright: ignore
-
-
-def learn(run: Rounds, place: Path, number: int, lessons: Sequence[Lesson]) -> dict[str, float]:
-    """Train the adapter on a round's lessons."""
-    recipe = run.recipe
-    assert run.adapted is not None
+        torch.manual_seed(recipe.seed_of(number))
+        run.adapted = adapted(run.model, recipe.lora)
     model: Any = run.adapted.get_base_model()
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        run.adapted.enable_input_require_grads()
     objective = Preferences(
         model,
         run.processor,
@@ -417,108 +413,109 @@ def learn(run: Rounds, place: Path, number: int, lessons: Sequence[Lesson]) -> d
         lessons,
         Weights(recipe.loss, recipe.beta, recipe.gt_weight, recipe.qa_weight),
         held_out=recipe.n_held_out,
-        seed=recipe.seed * 1000 + number,
+        seed=recipe.seed_of(number),
     )
-    trained = {}
+    weights = {}
     for name, parameter in objective.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:
-            trained[name] = parameter
+            weights[name] = parameter
     with branch_attention_in(model):
-        if recipe.loss != "ce":
-            objective.reference_P2 = references(run, place / REFERENCE, objective)
-
-        def report(step: int, figures: dict[str, float]) -> None:
-            run.report("train", step, recipe.steps, figures)
-
-        settings = recipe.model_copy(update={"seed": recipe.seed * 1000 + number})
-        figures = train(objective, settings, place / TRAIN, trained, report)
-    model.eval()
-    return figures
-
-
-def references(run: Rounds, path: Path, objective: Preferences) -> torch.Tensor:
-    """The log-probabilities of all pairs under the reference, (P, 2); computed once and kept."""
-    total, size, team = len(objective.lessons), run.recipe.batch_size, run.state
-    done = len(read_jsonl(path)) if path.is_file() else 0
-    order = sorted(range(total), key=objective.length)
-    groups = [order[at : at + size] for at in range(0, total, size)]
-    run.state.wait_for_everyone()
-    for first in range(done // size, len(groups), team.num_processes):
-        mine = groups[first + team.process_index] if first + team.process_index < len(groups) else []
-        values = objective.references(mine) if mine else []
-        found = gathered(
-            [{"pair": pair, "chosen": c, "rejected": r} for pair, (c, r) in zip(mine, values, strict=True)]
+        if "chosen" in PACKED[recipe.loss]:
+            objective.reference_P2 = references(run, place / REFERENCE, objective, number)
+        settings = recipe.model_copy(update={"seed": recipe.seed_of(number)})
+        found = train(
+            objective,
+            settings,
+            place / TRAIN,
+            weights,
+            lambda step, said: run.report(f"round {number}, train", step, recipe.steps, said),
         )
-        if run.is_main:
-            append_jsonl(path, found[max(0, done - first * size) :])
-        done = max(done, first * size + len(found))
-        run.report("reference", done, total, {})
-    run.state.wait_for_everyone()
-    table = torch.zeros(total, 2)
-    for record in read_jsonl(path):
-        table[record["pair"]] = torch.tensor([record["chosen"], record["rejected"]])
-    return table
+    model.eval()
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    return found
 
 
-def keep_adapter(run: Rounds, place: Path) -> None:
-    """Write the round's adapter, whole or not at all; the checkpoint of its training is no longer needed."""
-    if run.is_main:
-        assert run.adapted is not None
-        unfinished = place / f".{ADAPTER}.tmp"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        run.adapted.save_pretrained(str(unfinished))
-        unfinished.rename(place / ADAPTER)
-        (place / TRAIN / "checkpoint.safetensors").unlink(missing_ok=True)
-    run.state.wait_for_everyone()
-
-
-def evaluate(run: Rounds, place: Path) -> dict[str, Any]:
-    """Greedy captions of validation clips, judged; answers to their questions."""
-    recipe = run.recipe
-    n_clips = min(recipe.validation_clips, len(run.validation))
-    found = [run.validation.task(clip, "annotated", 2, "validation") for clip in range(n_clips)]
-    tasks = sorted(found, key=lambda task: run.validation.n_tokens(task.number))
-    made: dict[str, Any] = {}
-    for name, decoding in (
-        ("greedy", Decoding(0.0, 1.0, 0, recipe.max_new_tokens)),
-        ("sampled", Decoding(1.0, 1.0, 1, recipe.max_new_tokens)),
-    ):
-        path = place / (VALIDATION if name == "greedy" else "validation-sampled.jsonl")
-        records = caption(run, path, run.validation, tasks, decoding, 1, f"evaluate, {name}")
-        if run.is_main:
-            verdicts = verdicts_of(run, tasks, records)
-            made[name] = measured(records, verdicts)
-    made["qa"] = answered(run, tasks)
+def adapted(model: Kokanee, lora: Lora) -> PeftModel:
+    """The model with a new adapter on its decoder, which changes nothing yet."""
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=rf"language_model\..*\.({'|'.join(lora.modules)})",
+    )
+    try:
+        made = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise KokaneeError(f"lora.modules: {error}. Name parts of the decoder's layers, such as q_proj.") from error
+    assert isinstance(made, PeftModel)
     return made
 
 
-def measured(records: Sequence[dict[str, Any]], verdicts: Sequence[dict[str, Any]]) -> dict[str, float]:
-    found = rates(Counts(**counts) for verdict in verdicts for counts in verdict["counts"])
-    texts = [text for record in records for text in record["captions"]]
-    return {
-        "missed": found.missed,
-        "incorrect": found.incorrect,
-        "hallucinated": found.hallucinated,
-        "hall": found.hall,
-        "total": found.total,
-        "repetition": 100.0 * mean([repetition_rate(text) for text in texts]),
-        "words": mean([len(text.split()) for text in texts]),
-    }
+def references(run: Run, path: Path, objective: Preferences, number: int) -> torch.Tensor:
+    """The log-probabilities of all pairs under the round's first model, (P, 2); computed once and kept in `path`."""
+    total = len(objective.lessons)
+
+    def work(pairs: Sequence[int]) -> list[dict[str, Any]]:
+        found = objective.references(pairs)
+        return [{"pair": pair, "chosen": c, "rejected": r} for pair, (c, r) in zip(pairs, found, strict=True)]
+
+    order = sorted(range(total), key=objective.length)
+    records = run.team.share_into(path, order, run.recipe.batch_size, work, told(run, "reference", number))
+    table_P2 = torch.zeros(total, 2)
+    for record in records:
+        table_P2[record["pair"]] = torch.tensor([record["chosen"], record["rejected"]])
+    return table_P2
 
 
-def answered(run: Rounds, tasks: Sequence[Task]) -> float:
-    """Right answers to questions about the clips, in per cent."""
-    asked = [replace(task, prompt=text, name=answer) for task in tasks for text, answer in task.questions]
-    size, team = 2 * run.recipe.caption_batch, run.state
-    right = []
-    decoding = Decoding(0.0, 1.0, 0, 16)
-    for at in range(team.process_index * size, len(asked), team.num_processes * size):
-        part = asked[at : at + size]
-        prompts = [open_prompt(run.processor, run.validation.view(task.number), task.prompt) for task in part]
-        batch = run.processor.collate(prompts, padding_side="left")
-        for task, answer in zip(part, answers(run.model, batch, decoding), strict=True):
-            text = text_of(run.processor.tokenizer, answer.ids).strip()
-            right.append(text.lower() == task.name.lower())
-    everyone = gathered(right)
-    return 100.0 * sum(everyone) / max(1, len(everyone))
+def keep_adapter(model: PeftModel | None, place: Path) -> None:
+    """Write the round's adapter, whole or not at all; the checkpoint of its training is no longer needed then."""
+    assert model is not None
+    unfinished = place / f".{ADAPTER}.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(str(unfinished))
+    unfinished.rename(place / ADAPTER)
+    (place / TRAIN / CHECKPOINT).unlink(missing_ok=True)
+
+
+def evaluated(run: Run, number: int) -> dict[str, Any]:
+    """How good the model is: validation clips captioned greedily and at temperature 1, judged; questions answered; and
+    of a round how far the model has moved, in nats a caption: KL from the model without the adapter."""
+    recipe, place, made = run.recipe, run.place(number), {}
+    numbers = range(min(recipe.validation_clips, len(run.validation)))
+    tasks = tasks_for(run, run.validation, recipe.data.validation, numbers, recipe.questions, "validation")
+    for name, file, temperature in (("greedy", GREEDY, 0.0), ("sampled", SAMPLED, 1.0)):
+        decoding = Decoding(temperature, 1.0, recipe.seed, recipe.max_new_tokens)
+        report = told(run, f"check, {name}", number)
+        drafts = run.writer.captions(place / f"{file}.jsonl", run.validation, tasks, decoding, 1, report)
+        judged = verdicts(place / f"{file}-verdicts.jsonl", run.judge(), tasks, drafts, run.team, report)
+        rows = [candidates(*row) for row in zip(drafts, judged, strict=True)]
+        made[name] = figures([one for row in rows for one in row])
+        if name == "sampled" and run.adapted is not None:
+            made["kl"] = divergence(run, tasks, [draft["captions"][0] for draft in drafts])
+    made["qa"] = run.writer.right_answers(run.validation, tasks)
+    return made
+
+
+def divergence(run: Run, tasks: Sequence[Task], captions: Sequence[str]) -> float:
+    """The mean log-probability of the model's own captions, less that under the model without the adapter."""
+    lessons = [Lesson(task.number, task.name, task.prompt, text) for task, text in zip(tasks, captions, strict=True)]
+    assert run.adapted is not None
+    model: Any = run.adapted.get_base_model()
+    objective = Preferences(model, run.processor, run.validation, lessons, Weights("ce"), held_out=0, seed=0)
+    size = run.recipe.batch_size
+    groups = [range(at, min(at + size, len(lessons))) for at in range(0, len(lessons), size)]
+    adapter = run.adapted
+
+    def work(numbers: Sequence[int]) -> list[float]:
+        now = objective.answer_sums(numbers)
+        with adapter.disable_adapter():
+            before = objective.answer_sums(numbers)
+        return (now - before)[:, 0].tolist()
+
+    found: list[float] = []
+    with branch_attention_in(model):
+        for first in range(0, len(groups), run.team.state.num_processes):
+            found += run.team.share(groups, first, work)
+    return sum(found) / max(1, len(found))

@@ -34,10 +34,18 @@ class PairRules(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    hallucination_weight: float = Field(1.0, ge=0, description="of incorrect and hallucinated events; 1 in the paper")
-    repetition_weight: float = Field(1.0, ge=0, description="of the share of repeated words; not given in the paper")
-    min_gap: float = Field(0.1, ge=0, description="smallest difference of scores, in shares of events; not given there")
-    max_pairs: int = Field(1, ge=1, description="pairs of a clip at most; 1 in the paper: the best against the worst")
+    hallucination_weight: float = Field(
+        default=1.0, ge=0, description="of incorrect and hallucinated events; 1 in the paper"
+    )
+    repetition_weight: float = Field(
+        default=1.0, ge=0, description="of the share of repeated words; not given in the paper"
+    )
+    min_gap: float = Field(
+        default=0.1, ge=0, description="smallest difference of scores, in shares of events; not given there"
+    )
+    max_pairs: int = Field(
+        default=1, ge=1, description="pairs of a clip at most; 1 in the paper: the best against the worst"
+    )
 
 
 @dataclass(frozen=True)

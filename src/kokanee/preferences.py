@@ -31,7 +31,6 @@ PACKED: dict[Loss, tuple[str, ...]] = {
     "ce": ("ground_truth",),
 }
 WINDOW = 16  # batches that are made together, so that clips of like length can be in one
-LONGEST_TEXT = 400
 
 
 @dataclass(frozen=True)
@@ -167,9 +166,12 @@ class Preferences(Objective):
         return loss, stats
 
     @torch.no_grad()
-    def references(self, numbers: Sequence[int]) -> list[tuple[float, float]]:
-        """The log-probabilities of chosen and rejected of some lessons, as the model is now, without dropout."""
+    def answer_sums(self, numbers: Sequence[int]) -> torch.Tensor:
+        """The log-probabilities of the answers of some lessons (P, A), as the model is now, without dropout."""
         self.model.eval()
         batch = {name: value.to(self.model.device) for name, value in self.collate(numbers).items()}
-        sums_PA, _, _ = self.log_probs(batch)
-        return [(chosen, rejected) for chosen, rejected in sums_PA[:, :2].tolist()]
+        return self.log_probs(batch)[0].cpu()
+
+    def references(self, numbers: Sequence[int]) -> list[tuple[float, float]]:
+        """The log-probabilities of chosen and rejected of some lessons, as the model is now."""
+        return [(chosen, rejected) for chosen, rejected in self.answer_sums(numbers)[:, :2].tolist()]
