@@ -8,19 +8,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from kokanee.console import bar, key_value
+from kokanee.console import bar, key_value, say
 from kokanee.errors import KokaneeError
 from kokanee.launch import as_worker, is_main, is_worker, launch
 
-if TYPE_CHECKING:
-    from kokanee.recipes import Recipe
-
 world = typer.Typer(help="The synthetic audio-visual world.", no_args_is_help=True)
 SHOWN = 3
+MRDPO = "mrdpo"
+FIGURES = ("loss", "margin", "accuracy")
 Out = Annotated[Path, typer.Option(help="Folder of the run; a stopped run goes on there.")]
 
 
@@ -31,32 +30,79 @@ class Split(str, Enum):
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML file of a stage, such as those under recipes/.")],
+    recipe: Annotated[
+        list[Path],
+        typer.Argument(help="YAML file of a stage, as under recipes/; before it may stand its stage's name."),
+    ],
     out: Out,
+    rounds: Annotated[int | None, typer.Option(min=1, help="mrdpo: rounds, 6 in the paper.")] = None,
+    steps_per_round: Annotated[
+        int | None, typer.Option(min=1, help="mrdpo: steps of each, 1,000 in the paper.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting, such as steps=100 or data.exact=0.5."),
     ] = None,
 ) -> None:
-    """Train one stage of a recipe; the model is left in OUT/model."""
-    settings = read_settings(recipe, set_ or [])
-    if settings.processes > 1 and not is_worker():
-        sets = [word for item in set_ or [] for word in ("--set", item)]
-        raise typer.Exit(launch(settings.processes, ["train", str(recipe), "--out", str(out), *sets]))
+    """Train one stage of a recipe, such as `kokanee train mrdpo recipe.yaml`; the model is left in OUT/model."""
+    path, sets = recipe[-1], list(set_ or [])
+    settings = read_settings(path, sets)
+    stage = str(settings.get("stage"))
+    if len(recipe) > 2 or (len(recipe) == 2 and str(recipe[0]) != stage):
+        raise typer.BadParameter(f"{path} is a recipe of the stage {stage!r}", param_hint="[STAGE] RECIPE")
+    for name, value in (("rounds", rounds), ("steps", steps_per_round)):
+        if value is not None and stage != MRDPO:
+            raise typer.BadParameter(f"only {MRDPO} has rounds, and {path} is a recipe of the stage {stage!r}")
+        if value is not None:
+            settings[name] = value
+            sets.append(f"{name}={value}")
+    work = train_rounds if stage == MRDPO else train_stage
+    work(
+        path,
+        settings,
+        out,
+        ["train", str(path), "--out", str(out), *(word for item in sets for word in ("--set", item))],
+    )
+
+
+def train_stage(path: Path, settings: dict[str, Any], out: Path, command: Sequence[str]) -> None:
+    """One stage with one loop; `command` is what another process would be started with."""
+    from kokanee.recipes import Recipe, checked
+
+    recipe = checked(Recipe, settings, str(path))
+    if recipe.processes > 1 and not is_worker():
+        raise typer.Exit(launch(recipe.processes, command))
     from kokanee.stages import run_stage
 
     with as_worker():
-        with stage_progress(settings.steps) as report:
-            figures = run_stage(settings, out, report)
+        with stage_progress(recipe.steps) as report:
+            figures = run_stage(recipe, out, report)
         if is_main():
-            typer.echo(json.dumps({"model": (out / "model").as_posix(), "steps": settings.steps, "figures": figures}))
+            typer.echo(json.dumps({"model": (out / "model").as_posix(), "steps": recipe.steps, "figures": figures}))
 
 
-def read_settings(recipe: Path, replaced: Sequence[str]) -> Recipe:
-    """The recipe with the settings `KEY=VALUE` replaced; values are YAML, and KEY may be a path like data.exact."""
-    from kokanee.recipes import read_recipe, read_yaml
+def train_rounds(path: Path, settings: dict[str, Any], out: Path, command: Sequence[str]) -> None:
+    """Rounds of mrDPO; a table of them, and their report in OUT/report.html."""
+    from kokanee.recipes import checked
 
-    settings: dict[str, Any] = read_yaml(recipe) if replaced else {}
+    processes = settings.get("processes", 1)
+    if isinstance(processes, int) and processes > 1 and not is_worker():
+        raise typer.Exit(launch(processes, command))
+    from kokanee.mrdpo import MrdpoRecipe, run_mrdpo, table
+
+    with as_worker():
+        with rounds_progress() as report:
+            found = run_mrdpo(checked(MrdpoRecipe, settings, str(path)), out, report)
+        if is_main():
+            typer.echo("\n".join(table(found)))
+            say(f"model: {out / 'model'}; what happened: {out / 'report.html'}")
+
+
+def read_settings(recipe: Path, replaced: Sequence[str]) -> dict[str, Any]:
+    """What the recipe says, with settings `KEY=VALUE` replaced; values are YAML, KEY may be a path like data.exact."""
+    from kokanee.recipes import read_yaml
+
+    settings = read_yaml(recipe)
     for item in replaced:
         name, value = key_value(item)
         *path, key = name.split(".")
@@ -66,7 +112,24 @@ def read_settings(recipe: Path, replaced: Sequence[str]) -> Recipe:
             if not isinstance(place, dict):
                 raise KokaneeError(f"--set {item}: '{part}' is a single value in {recipe}, and has no '{key}' inside.")
         place[key] = value
-    return read_recipe(recipe, **settings)
+    return settings
+
+
+@contextmanager
+def rounds_progress() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
+    """A bar on standard error for each piece of a round's work."""
+    with bar("{task.fields[figures]}", hidden=not is_main()) as progress:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int, figures: dict[str, float]) -> None:
+            if what not in tasks:
+                for task in tasks.values():
+                    progress.stop_task(task)
+                tasks[what] = progress.add_task(what, total=total, figures="")
+            shown = " ".join(f"{name} {figures[name]:.3g}" for name in FIGURES if name in figures)
+            progress.update(tasks[what], completed=done, total=total, figures=shown)
+
+        yield report
 
 
 @contextmanager

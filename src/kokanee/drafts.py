@@ -87,22 +87,31 @@ class Writer:
     team: Team
 
     def captions(
-        self, path: Path, clips: Clips, tasks: Sequence[Task], decoding: Decoding, n_samples: int, report: Done
+        self,
+        path: Path,
+        clips: Clips,
+        tasks: Sequence[Task],
+        decodings: Sequence[Decoding],
+        n_samples: int,
+        report: Done,
     ) -> list[dict[str, Any]]:
-        """A record of each task with its `n_samples` captions, in the order of the tasks; also in `path`."""
+        """A record of each task with `n_samples` captions in each way of decoding, in the order of the tasks; also in
+        `path`."""
 
         def work(group: Sequence[Task]) -> list[dict[str, Any]]:
-            said = self.said(clips, group, decoding, n_samples)
+            found = [self.said(clips, group, decoding, n_samples) for decoding in decodings]
+            rows = [[said for ways in rows for said in ways] for rows in zip(*found, strict=True)]
             return [
                 {
                     "version": VERSION,
                     "clip": task.name,
                     "prompt": task.prompt,
-                    "seed": decoding.seed if decoding.temperature else None,
+                    "temperatures": [decoding.temperature for decoding in decodings for _ in range(n_samples)],
+                    "seeds": [decoding.seed for decoding in decodings for _ in range(n_samples)],
                     "captions": [text for text, _ in row],
                     "finished": [finished for _, finished in row],
                 }
-                for task, row in zip(group, said, strict=True)
+                for task, row in zip(group, rows, strict=True)
             ]
 
         return self.team.share_into(path, tasks, self.batch_size, work, report)

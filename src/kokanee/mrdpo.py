@@ -38,7 +38,7 @@ from kokanee.formats import read_json, write_json, write_jsonl
 from kokanee.judges import LanguageModelJudge
 from kokanee.model import Kokanee
 from kokanee.pairs import Pair, PairRules, dropped, picked
-from kokanee.preferences import PACKED, Lesson, Loss, Preferences, Weights
+from kokanee.preferences import WITH_PAIRS, Lesson, Loss, Preferences, Weights
 from kokanee.prefix import branch_attention_in
 from kokanee.processor import Processor
 from kokanee.recipes import Training
@@ -104,8 +104,8 @@ class MrdpoRecipe(Training):
     rounds: int = Field(6, ge=1)
     steps: int = Field(1000, ge=1, description="of each round")
     clips: int = Field(ge=1, description="clips that are captioned in each round")
-    samples: int = Field(4, ge=2, description="captions of each clip; not given in the paper")
-    temperature: float = Field(1.0, gt=0)
+    samples: int = Field(4, ge=1, description="captions of each clip at each temperature; not given in the paper")
+    temperatures: tuple[float, ...] = Field((1.0,), min_length=1, description="that captions are sampled at")
     top_p: float = Field(0.9, gt=0, le=1)
     max_new_tokens: int = Field(1024, ge=1)
     caption_batch: int = Field(8, ge=1, description="clips captioned together")
@@ -127,12 +127,20 @@ class MrdpoRecipe(Training):
 
     @property
     def n_held_out(self) -> int:
-        """Pairs of a round that are not trained on, to check by."""
+        """Clips of a round that are not trained on, to check by."""
         return self.evaluate_batches * self.batch_size
 
     def seed_of(self, number: int) -> int:
         """The seed of a round."""
         return self.seed * 1000 + number
+
+    def decodings(self, number: int) -> list[Decoding]:
+        """How captions are sampled in a round, with other random numbers at each temperature."""
+        seeds = [self.seed_of(number) + 1_000_000 * place for place in range(len(self.temperatures))]
+        return [
+            Decoding(temperature, self.top_p, seed, self.max_new_tokens)
+            for temperature, seed in zip(self.temperatures, seeds, strict=True)
+        ]
 
 
 @dataclass
@@ -189,6 +197,21 @@ def run_mrdpo(recipe: MrdpoRecipe, folder: Path, report: Progress) -> list[dict[
     return found
 
 
+def table(found: Sequence[dict[str, Any]]) -> list[str]:
+    """The rounds as lines of a table: per cent of the validation clips' events, answers and words."""
+    lines = [
+        "| round | Miss | Incorrect | Hallucinated | Total | repetition | words | Total at temperature 1 | QA | KL |",
+        "|---" * 10 + "|",
+    ]
+    for row in found:
+        greedy = row["greedy"]
+        cells = [greedy[name] for name in ("missed", "incorrect", "hallucinated", "total", "repetition", "words")]
+        shown = [*cells, row["sampled"]["total"], row["qa"], row.get("kl")]
+        numbers = " | ".join("" if value is None else f"{value:.1f}" for value in shown)
+        lines.append(f"| {row['round']} | {numbers} |")
+    return lines
+
+
 def opened(recipe: MrdpoRecipe, folder: Path, report: Progress) -> Run:
     """The run with its model and clips; the folder is the recipe's from now on."""
     state = PartialState(cpu=recipe.device == "cpu", timeout=datetime.timedelta(days=7))
@@ -203,8 +226,10 @@ def opened(recipe: MrdpoRecipe, folder: Path, report: Progress) -> Run:
 
     clips, validation = clips_of(recipe.data.train, "train"), clips_of(recipe.data.validation, "validation")
     start = {"weights": fingerprint(model), "processor": fingerprint_of(processor)}
-    claim(folder, recipe, {**start, "train": clips.identity(), "validation": validation.identity()})
-    return Run(recipe, folder, model.eval(), processor, clips, validation, Team(state), report)
+    run = Run(recipe, folder, model.eval(), processor, clips, validation, Team(state), report)
+    start |= {"train": clips.identity(), "validation": validation.identity()}
+    claim(folder, recipe, start, begun=(run.place(0).name,))
+    return run
 
 
 def judge_of(recipe: MrdpoRecipe, replies: Path) -> Judge:
@@ -293,11 +318,10 @@ def learnt(run: Run, number: int) -> dict[str, Any]:
     if recipe.loss == "ce":
         lessons = [lesson_of(task) for task in tasks]
     else:
-        decoding = Decoding(recipe.temperature, recipe.top_p, recipe.seed_of(number), recipe.max_new_tokens)
         drafts = run.timed(
             "sample",
             lambda: run.writer.captions(
-                place / SAMPLES, run.clips, tasks, decoding, recipe.samples, told(run, "sample", number)
+                place / SAMPLES, run.clips, tasks, recipe.decodings(number), recipe.samples, told(run, "sample", number)
             ),
         )
         judged = run.timed(
@@ -350,9 +374,9 @@ def tasks_for(
     return [clips.task(number, n_questions, key) for number in left]
 
 
-def lesson_of(task: Task, chosen: str = "", rejected: str = "") -> Lesson:
+def lesson_of(task: Task, pairs: Sequence[tuple[str, str]] = ()) -> Lesson:
     """What is learnt from a clip."""
-    return Lesson(task.number, task.name, task.prompt, task.ground_truth, chosen, rejected, task.questions)
+    return Lesson(task.number, task.name, task.prompt, task.ground_truth, tuple(pairs), task.questions)
 
 
 def pick(
@@ -366,8 +390,9 @@ def pick(
         everything += made
         found, why = picked(made, rules)
         lost.append(why)
+        if found:
+            lessons.append(lesson_of(task, [(better.text, worse.text) for better, worse in found]))
         for better, worse in found:
-            lessons.append(lesson_of(task, better.text, worse.text))
             ends, scores = (task.truth.start_s, task.truth.end_s), (better.score(rules), worse.score(rules))
             pairs.append(Pair(task.truth.file, task.prompt, better.text, worse.text, task.ground_truth, *ends, *scores))
     if run.team.is_main:
@@ -390,7 +415,7 @@ def check_enough(n_lessons: int, recipe: MrdpoRecipe) -> None:
     wanted = recipe.n_held_out + recipe.batch_size * recipe.processes * recipe.accumulate
     if n_lessons < wanted:
         raise KokaneeError(
-            f"This round has {n_lessons} pairs, but one step and its check take {wanted} "
+            f"This round has pairs of {n_lessons} clips, but one step and its check take {wanted} "
             f"({recipe.n_held_out} to check by). Sample more clips (clips), more captions (samples), lower "
             "pairs.min_gap, or make batches smaller."
         )
@@ -421,8 +446,8 @@ def trained(run: Run, number: int, lessons: Sequence[Lesson]) -> dict[str, float
         if "lora_" in name:
             weights[name] = parameter
     with branch_attention_in(model):
-        if "chosen" in PACKED[recipe.loss]:
-            objective.reference_P2 = references(run, place / REFERENCE, objective, number)
+        if recipe.loss in WITH_PAIRS:
+            objective.reference = references(run, place / REFERENCE, objective, number)
         settings = recipe.model_copy(update={"seed": recipe.seed_of(number)})
         found = train(
             objective,
@@ -453,20 +478,19 @@ def adapted(model: Kokanee, lora: Lora) -> PeftModel:
     return made
 
 
-def references(run: Run, path: Path, objective: Preferences, number: int) -> torch.Tensor:
-    """The log-probabilities of all pairs under the round's first model, (P, 2); computed once and kept in `path`."""
+def references(run: Run, path: Path, objective: Preferences, number: int) -> list[torch.Tensor]:
+    """The log-probabilities of all pairs under the round's first model, of each lesson (pairs, 2); computed once and
+    kept in `path`."""
     total = len(objective.lessons)
 
-    def work(pairs: Sequence[int]) -> list[dict[str, Any]]:
-        found = objective.references(pairs)
-        return [{"pair": pair, "chosen": c, "rejected": r} for pair, (c, r) in zip(pairs, found, strict=True)]
+    def work(lessons: Sequence[int]) -> list[dict[str, Any]]:
+        found = objective.references(lessons)
+        return [{"lesson": lesson, "log_probs": row.tolist()} for lesson, row in zip(lessons, found, strict=True)]
 
     order = sorted(range(total), key=objective.length)
     records = run.team.share_into(path, order, run.recipe.batch_size, work, told(run, "reference", number))
-    table_P2 = torch.zeros(total, 2)
-    for record in records:
-        table_P2[record["pair"]] = torch.tensor([record["chosen"], record["rejected"]])
-    return table_P2
+    table = {record["lesson"]: torch.tensor(record["log_probs"]) for record in records}
+    return [table[lesson] for lesson in range(total)]
 
 
 def keep_adapter(model: PeftModel | None, place: Path) -> None:
@@ -488,7 +512,7 @@ def evaluated(run: Run, number: int) -> dict[str, Any]:
     for name, file, temperature in (("greedy", GREEDY, 0.0), ("sampled", SAMPLED, 1.0)):
         decoding = Decoding(temperature, 1.0, recipe.seed, recipe.max_new_tokens)
         report = told(run, f"check, {name}", number)
-        drafts = run.writer.captions(place / f"{file}.jsonl", run.validation, tasks, decoding, 1, report)
+        drafts = run.writer.captions(place / f"{file}.jsonl", run.validation, tasks, [decoding], 1, report)
         judged = verdicts(place / f"{file}-verdicts.jsonl", run.judge(), tasks, drafts, run.team, report)
         rows = [candidates(*row) for row in zip(drafts, judged, strict=True)]
         made[name] = figures([one for row in rows for one in row])

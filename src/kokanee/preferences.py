@@ -1,8 +1,9 @@
-"""The objective of a round: gDPO on preference pairs, each packed behind one prompt, against stored references.
+"""The objective of a round: gDPO on preference pairs, packed behind one prompt a clip, against stored references.
 
-Packed are `[prompt | chosen | rejected | ground truth | answers to other questions]`, or what of them the loss needs.
+Packed are `[prompt | chosen | rejected | ... | ground truth | answers to other questions]`, or what of them the loss
+needs. A further pair of a clip costs its answers alone.
 
-Axes: P pairs of a batch, A answers of a pair, N label tokens.
+Axes: B clips of a batch, A answers of a clip at most, P pairs of the batch, N label tokens.
 """
 
 from __future__ import annotations
@@ -25,27 +26,22 @@ from kokanee.prompt import Turn
 from kokanee.train import Batch, Objective, Stats
 
 Loss = Literal["gdpo", "dpo", "ce"]
-PACKED: dict[Loss, tuple[str, ...]] = {
-    "gdpo": ("chosen", "rejected", "ground_truth"),
-    "dpo": ("chosen", "rejected"),
-    "ce": ("ground_truth",),
-}
+WITH_PAIRS: tuple[Loss, ...] = ("gdpo", "dpo")
+WITH_GROUND_TRUTH: tuple[Loss, ...] = ("gdpo", "ce")
+PAIR, GROUND_TRUTH, ANSWER = 0, 1, 2
 WINDOW = 16  # batches that are made together, so that clips of like length can be in one
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is learnt about one clip: answers to its prompt, the better and the worse one and somebody's, and others.
-
-    chosen and rejected are "" where the loss does not need them.
-    """
+    """What is learnt about one clip: pairs of a better and a worse caption of the model's, the caption of somebody who
+    saw the clip, answers to other questions."""
 
     number: int
     name: str
     prompt: str
     ground_truth: str
-    chosen: str = ""
-    rejected: str = ""
+    pairs: tuple[tuple[str, str], ...] = ()
     questions: tuple[tuple[str, str], ...] = ()
 
 
@@ -62,7 +58,7 @@ class Weights:
 class Preferences(Objective):
     """Lessons about clips, the first `held_out` of them for validation. `model` has the adapter that is trained.
 
-    `reference_P2`: the log-probabilities of chosen and rejected answers under the model without this round's adapter.
+    `reference`: of each lesson the log-probabilities of its pairs under the round's first model, (pairs, 2).
     """
 
     def __init__(
@@ -75,12 +71,12 @@ class Preferences(Objective):
         *,
         held_out: int,
         seed: int,
-        reference_P2: torch.Tensor | None = None,
+        reference: Sequence[torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.model, self.processor, self.clips, self.lessons = model, processor, clips, lessons
         self.weights, self.held_out, self.seed = weights, held_out, seed
-        self.reference_P2 = reference_P2
+        self.reference = reference
         self.packed = lru_cache(4096)(self.pack)
 
     def name_of(self, sample: int) -> str:
@@ -116,19 +112,23 @@ class Preferences(Objective):
         """The packed answers of one lesson."""
         lesson = self.lessons[number]
         block = self.clips.view(lesson.number).block
-        said = [(lesson.prompt, getattr(lesson, name)) for name in PACKED[self.weights.loss]]
+        loss = self.weights.loss
+        told = [text for pair in lesson.pairs for text in pair] if loss in WITH_PAIRS else []
+        told += [lesson.ground_truth] if loss in WITH_GROUND_TRUTH else []
         whole = [
-            self.processor.prepare_ids([Turn("user", asked), Turn("assistant", told)], [block])
-            for asked, told in [*said, *lesson.questions]
+            self.processor.prepare_ids([Turn("user", asked), Turn("assistant", text)], [block])
+            for asked, text in [*((lesson.prompt, text) for text in told), *lesson.questions]
         ]
         return pack(whole, shared_length(whole))
 
     def collate(self, numbers: Sequence[int]) -> Batch:
-        """The packed lessons, their references (P, 2), and the media of their clips one after the other."""
+        """The packed lessons, how many pairs each has (B,), all pairs' references (P, 2), and the clips' media."""
         batch = collate_packed([self.packed(number) for number in numbers], self.processor.pad_id)
         batch["sample"] = torch.tensor(numbers)
-        if self.reference_P2 is not None:
-            batch["reference"] = self.reference_P2[numbers]
+        with_pairs = self.weights.loss in WITH_PAIRS
+        batch["pairs"] = torch.tensor([len(self.lessons[number].pairs) if with_pairs else 0 for number in numbers])
+        if self.reference is not None:
+            batch["reference"] = torch.cat([self.reference[number] for number in numbers])
         views = [self.clips.view(self.lessons[number].number).media for number in numbers]
         for name in EMBED_INPUTS:
             found = [media[name] for media in views if name in media]
@@ -137,33 +137,42 @@ class Preferences(Objective):
         return batch
 
     def log_probs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The sum of each answer's log-probabilities (P, A), and of all label tokens the log-probability (N,) and the
-        answer's number (N,)."""
+        """The sum of each answer's log-probabilities (B, A), and of all label tokens the log-probability (N,) and what
+        they belong to (N,): `PAIR`, `GROUND_TRUTH` or `ANSWER`."""
         media = {name: batch[name] for name in EMBED_INPUTS if name in batch}
         log_probs_N, rows_N, branches_N = packed_log_probs(self.model, batch, **media)
-        shape = (len(batch["input_ids"]), int(batch["segments"].max()))
-        answers_N = branches_N - 1
-        sums = answer_log_probs(log_probs_N, rows_N * shape[1] + answers_N, shape[0] * shape[1])
-        return sums.view(shape), log_probs_N, answers_N
+        n_clips, n_answers = len(batch["input_ids"]), int(batch["segments"].max())
+        sums = answer_log_probs(log_probs_N, rows_N * n_answers + branches_N - 1, n_clips * n_answers)
+        after_N = branches_N - 1 - 2 * batch["pairs"][rows_N]
+        kinds_N = torch.where(after_N < 0, PAIR, torch.where(after_N == 0, GROUND_TRUTH, ANSWER))
+        if self.weights.loss not in WITH_GROUND_TRUTH:
+            kinds_N = torch.where(after_N < 0, PAIR, ANSWER)
+        return sums.view(n_clips, n_answers), log_probs_N, kinds_N
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, Stats]:
         """The loss, and its parts: DPO with rewards, margin and accuracy; cross-entropies of a token."""
-        sums_PA, log_probs_N, answers_N = self.log_probs(batch)
-        packed, weights = PACKED[self.weights.loss], self.weights
-        loss, stats = sums_PA.new_zeros(()), Stats()
-        if "chosen" in packed:
-            preference = dpo(sums_PA[:, :2], batch["reference"], weights.beta)
+        sums_BA, log_probs_N, kinds_N = self.log_probs(batch)
+        loss, weights = sums_BA.new_zeros(()), self.weights
+        stats: Stats = {}
+        if weights.loss in WITH_PAIRS:
+            preference = dpo(self.of_pairs(sums_BA, batch["pairs"]), batch["reference"], weights.beta)
             loss = loss + preference.loss_P.mean()
             stats["dpo"] = preference.loss_P.detach().mean()
             stats["margin"], stats["accuracy"] = map(torch.tensor, (preference.margin, preference.accuracy))
             stats["chosen"], stats["rejected"] = preference.rewards_P2.mean(0)
-        if "ground_truth" in packed:
-            entropy = -log_probs_N[answers_N == packed.index("ground_truth")].mean()
-            loss, stats["ground_truth"] = loss + weights.gt_weight * entropy, entropy.detach()
-        if bool((answers_N >= len(packed)).any()):
-            entropy = -log_probs_N[answers_N >= len(packed)].mean()
-            loss, stats["qa"] = loss + weights.qa_weight * entropy, entropy.detach()
+        for name, kind, weight in (
+            ("ground_truth", GROUND_TRUTH, weights.gt_weight),
+            ("qa", ANSWER, weights.qa_weight),
+        ):
+            if bool((kinds_N == kind).any()):
+                entropy = -log_probs_N[kinds_N == kind].mean()
+                loss, stats[name] = loss + weight * entropy, entropy.detach()
         return loss, stats
+
+    def of_pairs(self, sums_BA: torch.Tensor, pairs_B: torch.Tensor) -> torch.Tensor:
+        """What of all answers are pairs, (P, 2)."""
+        places_A = torch.arange(sums_BA.shape[1], device=sums_BA.device)
+        return sums_BA[places_A < 2 * pairs_B[:, None]].view(-1, 2)
 
     @torch.no_grad()
     def answer_sums(self, numbers: Sequence[int]) -> torch.Tensor:
@@ -172,6 +181,8 @@ class Preferences(Objective):
         batch = {name: value.to(self.model.device) for name, value in self.collate(numbers).items()}
         return self.log_probs(batch)[0].cpu()
 
-    def references(self, numbers: Sequence[int]) -> list[tuple[float, float]]:
-        """The log-probabilities of chosen and rejected of some lessons, as the model is now."""
-        return [(chosen, rejected) for chosen, rejected in self.answer_sums(numbers)[:, :2].tolist()]
+    def references(self, numbers: Sequence[int]) -> list[torch.Tensor]:
+        """The log-probabilities of the pairs of some lessons, (pairs, 2) of each, as the model is now."""
+        sums_BA = self.answer_sums(numbers)
+        counts = [len(self.lessons[number].pairs) for number in numbers]
+        return [row_A[: 2 * count].view(-1, 2) for row_A, count in zip(sums_BA, counts, strict=True)]

@@ -145,9 +145,14 @@ def train(
     return figures
 
 
-def claim(folder: Path, recipe: Training, start: dict[str, str] | None = None) -> None:
+def claim(
+    folder: Path,
+    recipe: Training,
+    start: dict[str, str] | None = None,
+    begun: Sequence[str] = (METRICS, CHECKPOINT),
+) -> None:
     """Make the folder this recipe's with this start, or raise `KokaneeError` where it holds other files or another run,
-    with what differs."""
+    with what differs. A run in which none of `begun` is there yet may be replaced."""
     settings = {"recipe": json.loads(recipe.model_dump_json()), "start": start or {}}
     known = folder / STATE
     refuse_foreign(folder, STATE)
@@ -157,7 +162,7 @@ def claim(folder: Path, recipe: Training, start: dict[str, str] | None = None) -
         differing += differences(before.get("start", {}), settings["start"])
         if not differing:
             return
-        if (folder / METRICS).exists() or (folder / CHECKPOINT).exists():
+        if any((folder / name).exists() for name in begun):
             raise KokaneeError(
                 f"{folder} holds a run with other settings or another start ({'; '.join(differing)}). "
                 "Continue with the old ones, or choose another folder."
