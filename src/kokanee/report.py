@@ -42,13 +42,19 @@ def page(systems: Systems, judge: str, events: str, as_published: bool = False, 
         ),
         "data": json_in_html({"systems": list(systems), "clips": clips(systems, scopes)}),
     }
-    template = (files("kokanee") / "report.html").read_text(encoding="utf-8")
-    head, *rest = template.split("<!--@")
-    filled = [head]
+    return filled("report.html", parts)
+
+
+def filled(template: str, parts: Mapping[str, str]) -> str:
+    """A template beside this file with its parts, `<!--@name@-->`, filled in; "style" is how all pages look."""
+    here = files("kokanee")
+    parts = {"style": (here / "report.css").read_text(encoding="utf-8").rstrip(), **parts}
+    head, *rest = (here / template).read_text(encoding="utf-8").split("<!--@")
+    found = [head]
     for piece in rest:
         name, _, text = piece.partition("@-->")
-        filled += [parts[name], text]
-    return whole_text("".join(filled))
+        found += [parts[name], text]
+    return whole_text("".join(found))
 
 
 def about(systems: Systems, judge: str, events: str, as_published: bool) -> str:
