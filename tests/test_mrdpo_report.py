@@ -81,9 +81,13 @@ def clip(number: int, wrong: int, caption: str) -> tuple[dict, dict]:
         "ground_truth": f"Truth of {name}<s>.",
         "counts": [counts],
         "repetition": [0.0],
-        "missed": [f"Event {event} of {name}<s>." for event in range(wrong)],
-        "incorrect": [{"event": "A <s> star is red.", "said": "A star is blue"}],
-        "hallucinated": ["A <s> cat sings"],
+        "verdicts": [
+            {
+                "missed": [f"Event {event} of {name}<s>." for event in range(wrong)],
+                "incorrect": [{"event": "A <s> star is red.", "said": "A star is blue"}],
+                "hallucinated": ["A <s> cat sings"],
+            }
+        ],
     }
     return said, verdict
 
@@ -223,7 +227,7 @@ def test_a_clip_without_a_verdict_is_neither_gain_nor_loss(tmp_path):
     said, verdict = clip(99, 0, "Nothing.")
     for number in range(3):
         append_jsonl(folder / f"round-{number:02d}" / "validation.jsonl", [said])
-        lost = {**verdict, "counts": [None], "missed": [], "incorrect": [], "hallucinated": []}
+        lost = {**verdict, "counts": [None], "verdicts": [None]}
         append_jsonl(folder / f"round-{number:02d}" / "validation-verdicts.jsonl", [lost])
     page = run_page(folder)
     assert "Of 30 captions 16" in page and "clip-99" not in page

@@ -34,9 +34,10 @@ from kokanee.defaults import Defaults, origin
 from kokanee.drafts import Team, Writer, candidates, device_of, figures, verdicts
 from kokanee.endpoint import Asker, Endpoint
 from kokanee.errors import KokaneeError
-from kokanee.formats import read_json, write_json, write_jsonl
+from kokanee.formats import read_json, write_json, write_jsonl, write_text
 from kokanee.judges import LanguageModelJudge
 from kokanee.model import Kokanee
+from kokanee.mrdpo_report import run_page
 from kokanee.pairs import Pair, PairRules, dropped, picked
 from kokanee.preferences import WITH_PAIRS, Lesson, Loss, Preferences, Weights
 from kokanee.prefix import branch_attention_in
@@ -52,7 +53,7 @@ VERSION = 1
 SAMPLES, VERDICTS, PAIRS, REFERENCE = "samples.jsonl", "verdicts.jsonl", "pairs.jsonl", "reference.jsonl"
 GREEDY, SAMPLED = "validation", "validation-sampled"
 TRAIN, TRAINING, ADAPTER, FIGURES = "train", "training.json", "adapter", "metrics.json"
-REPLIES, MEDIA, MODEL = "replies.jsonl", "media", "model"
+REPLIES, MEDIA, MODEL, REPORT = "replies.jsonl", "media", "model", "report.html"
 Progress = Callable[[str, int, int, dict[str, float]], None]
 FORBID = ConfigDict(frozen=True, extra="forbid")
 
@@ -304,9 +305,10 @@ def bare(run: Run) -> Kokanee:
 
 
 def finish(run: Run, number: int, made: dict[str, Any]) -> None:
-    """Note that a round is done."""
+    """Note that a round is done, and bring the report up to date."""
     if run.team.is_main:
         write_json(run.place(number) / FIGURES, {"version": VERSION, "round": number, **made, "seconds": run.seconds})
+        write_text(run.folder / REPORT, run_page(run.folder))
     run.seconds = {}
     run.team.wait()
 

@@ -335,14 +335,15 @@ def told_in(place: Path) -> dict[str, Told]:
     for record in records:
         verdict = judged.get(record["clip"], {})
         counts = (verdict.get("counts") or [None])[0]
+        wrong = (verdict.get("verdicts") or [None])[0] or {}
         found[record["clip"]] = Told(
             record["prompt"],
             record["captions"][0],
             verdict.get("ground_truth") or "",
             Counts(**counts) if counts else None,
-            verdict.get("missed") or (),
-            [Incorrect(item["event"], item.get("said") or "") for item in verdict.get("incorrect") or ()],
-            verdict.get("hallucinated") or (),
+            wrong.get("missed") or (),
+            [Incorrect(item["event"], item.get("said") or "") for item in wrong.get("incorrect") or ()],
+            wrong.get("hallucinated") or (),
         )
     return found
 
