@@ -79,6 +79,13 @@ class Preferences(Objective):
         self.reference = reference
         self.packed = lru_cache(4096)(self.pack)
 
+    def train(self, mode: bool = True) -> Preferences:
+        """As usual, but what sees and hears is frozen and so never has dropout."""
+        super().train(mode)
+        self.model.visual.eval()
+        self.model.audio.eval()
+        return self
+
     def name_of(self, sample: int) -> str:
         return self.lessons[sample].name
 

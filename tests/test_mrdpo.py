@@ -1,0 +1,193 @@
+"""Laws of mrDPO: rounds build on each other, the reference stands still, a killed run ends as if it had not been."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kokanee.adapters import load_adapter, merge
+from kokanee.checkpoints import load
+from kokanee.errors import KokaneeError
+from kokanee.formats import read_json, read_jsonl
+from kokanee.mrdpo import MrdpoRecipe, best, is_over, run_mrdpo
+from kokanee.pairs import read_pairs
+from mrdpo_runs import run, small_recipe, weights
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_checkpoint, tiny_stores, tmp_path_factory) -> Path:
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("mrdpo") / "whole"
+    run(small_recipe(tiny_checkpoint, tiny_stores), folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tiny_checkpoint, tiny_stores):
+    return lambda **replaced: small_recipe(tiny_checkpoint, tiny_stores, **replaced)
+
+
+def test_a_run_leaves_a_model_figures_of_every_round_and_a_report(whole):
+    assert [path.name for path in sorted(whole.glob("round-*"))] == ["round-00", "round-01", "round-02"]
+    found = read_json(whole / "metrics.json")["rounds"]
+    assert [row["round"] for row in found] == [0, 1, 2] and read_json(whole / "metrics.json")["kept"] == 2
+    assert all({"greedy", "sampled", "qa"} <= row.keys() for row in found)
+    assert "pairs" not in found[0] and found[1]["pairs"]["pairs"] == len(read_pairs(whole / "round-01" / "pairs.jsonl"))
+    assert "<svg" in (whole / "report.html").read_text()
+    load(whole / "model")
+
+
+def test_the_first_step_of_every_round_has_the_loss_of_no_preference(whole):
+    """log 2 + weight x cross-entropy: the new adapter changes nothing, and the stored reference is exact."""
+    for number in (1, 2):
+        first = read_jsonl(whole / f"round-{number:02d}" / "train" / "metrics.jsonl")[0]
+        rest = 0.1 * first["ground_truth"] + 0.1 * first.get("qa", 0.0)
+        assert first["dpo"] == pytest.approx(math.log(2), abs=1e-6)
+        assert first["loss"] == pytest.approx(math.log(2) + rest, abs=1e-6)
+        assert abs(first["margin"]) < 1e-5
+
+
+def test_questions_are_answered_from_their_round_on(whole):
+    said = [read_jsonl(whole / f"round-{number:02d}" / "train" / "metrics.jsonl")[-1] for number in (1, 2)]
+    assert "qa" not in said[0] and said[1]["qa"] > 0
+
+
+def test_the_model_is_the_base_with_every_adapter_merged_in_order(whole, tiny_checkpoint):
+    model, _ = load(tiny_checkpoint, dtype="float32")
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    for number in (1, 2):
+        model = merge(load_adapter(model, whole / f"round-{number:02d}" / "adapter"))
+    kept, _ = load(whole / "model", dtype="float32")
+    changed = set()
+    for (name, made), (_, left) in zip(model.named_parameters(), kept.named_parameters(), strict=True):
+        assert torch.equal(made, left), name
+        if not torch.equal(made, before[name]):
+            changed.add(name.split(".")[-2])
+    assert changed == {"q_proj", "k_proj", "v_proj"}
+
+
+def test_captions_of_a_round_are_the_merged_models(whole, tiny_checkpoint, tiny_stores, tmp_path):
+    """Round 2 samples from what round 1 left: other captions, though clips and numbers were the same."""
+    run(small_recipe(tiny_checkpoint, tiny_stores, rounds=1), tmp_path / "one")
+    same = [(folder / "round-01" / "samples.jsonl").read_bytes() for folder in (whole, tmp_path / "one")]
+    assert same[0] == same[1]
+    greedy = [(whole / f"round-{number:02d}" / "validation.jsonl").read_bytes() for number in (0, 1, 2)]
+    assert len(set(greedy)) > 1
+    seeds = [read_jsonl(whole / f"round-{number:02d}" / "samples.jsonl")[0]["seeds"] for number in (1, 2)]
+    assert seeds[0] != seeds[1] and len(set(seeds[0])) == 2
+
+
+def test_a_finished_run_does_nothing_again(whole, recipe):
+    before = {path: path.stat().st_mtime_ns for path in whole.glob("round-*/**/*") if path.is_file()}
+    reports: list[str] = []
+    run_mrdpo(recipe(), whole, lambda what, done, total, figures: reports.append(what))
+    assert not reports
+    assert before == {path: path.stat().st_mtime_ns for path in whole.glob("round-*/**/*") if path.is_file()}
+
+
+def test_a_run_that_is_stopped_at_every_report_ends_with_the_same_weights(whole, recipe, tmp_path):
+    """Stopped after the first report, started again, stopped after its second, and so on."""
+    for allowed in range(1, 200):
+        left = [allowed]
+
+        def report(what: str, done: int, total: int, figures: dict[str, float], left: list[int] = left) -> None:
+            left[0] -= 1
+            if not left[0]:
+                raise Killed
+
+        try:
+            run_mrdpo(recipe(), tmp_path / "parts", report)
+            break
+        except Killed:
+            continue
+    assert 5 < allowed < 100
+    assert weights(tmp_path / "parts") == weights(whole)
+    for name in ("samples.jsonl", "verdicts.jsonl", "pairs.jsonl", "reference.jsonl", "validation.jsonl"):
+        parts, once = (folder / "round-02" / name for folder in (tmp_path / "parts", whole))
+        assert parts.read_bytes() == once.read_bytes(), name
+
+
+def test_other_settings_are_refused_and_named(whole, recipe):
+    with pytest.raises(KokaneeError, match=r"beta: 0.1 before, 0.2 now"):
+        run(recipe(beta=0.2), whole)
+
+
+def test_cross_entropy_alone_samples_nothing(recipe, tmp_path):
+    found = run(recipe(loss="ce", rounds=1), tmp_path / "ce")
+    assert not (tmp_path / "ce" / "round-01" / "samples.jsonl").exists()
+    assert "pairs" not in found[1] and {"dpo", "margin"}.isdisjoint(found[1]["training"])
+    assert "kl" in found[1] and "<svg" in (tmp_path / "ce" / "report.html").read_text()
+
+
+def test_plain_dpo_knows_no_ground_truth(recipe, tmp_path):
+    found = run(recipe(loss="dpo", rounds=1), tmp_path / "dpo")
+    assert "ground_truth" not in found[1]["training"] and found[1]["training"]["dpo"] > 0
+
+
+def test_without_a_proxy_one_adapter_is_trained_on(recipe, tiny_checkpoint, tmp_path):
+    run(recipe(proxy=False), tmp_path / "one")
+    adapters = [load_adapter(load(tiny_checkpoint)[0], tmp_path / "one" / f"round-0{n}" / "adapter") for n in (1, 2)]
+    rows = [{name: weight for name, weight in adapted.named_parameters() if "lora_" in name} for adapted in adapters]
+    assert rows[0].keys() == rows[1].keys()
+    moved = [float((rows[1][name] - rows[0][name]).abs().max()) for name in rows[0]]
+    assert 0 < max(moved) < 0.2  # three more steps of at most about 0.01 from where round 1 left it
+    kept, _ = load(tmp_path / "one" / "model", dtype="float32")
+    last = merge(adapters[1])
+    assert all(torch.equal(a, b) for a, b in zip(last.parameters(), kept.parameters(), strict=True))
+    first = read_jsonl(tmp_path / "one" / "round-02" / "train" / "metrics.jsonl")[0]
+    assert first["dpo"] == pytest.approx(math.log(2), abs=1e-3)  # dropout of an adapter that does something
+
+
+def test_the_best_round_is_kept_where_that_is_asked_for(recipe, tiny_checkpoint, tmp_path):
+    run(recipe(keep="best"), tmp_path / "run")
+    made = read_json(tmp_path / "run" / "metrics.json")
+    assert made["kept"] == best(made["rounds"])
+    model, _ = load(tiny_checkpoint, dtype="float32")
+    for number in range(1, made["kept"] + 1):
+        model = merge(load_adapter(model, tmp_path / "run" / f"round-{number:02d}" / "adapter"))
+    kept, _ = load(tmp_path / "run" / "model", dtype="float32")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), kept.parameters(), strict=True))
+
+
+def errors(*totals: float) -> list[dict[str, Any]]:
+    return [{"greedy": {"total": total}} for total in totals]
+
+
+def test_patience_counts_rounds_since_the_best():
+    assert best(errors(50, 40, 40, 45)) == 1
+    assert not is_over(errors(50, 40, 41), 2) and is_over(errors(50, 40, 41, 42), 2)
+    assert not is_over(errors(50, 60, 70), None) and is_over(errors(50, 60), 1)
+
+
+def test_too_few_pairs_are_told_with_what_helps(recipe, tmp_path):
+    with pytest.raises(KokaneeError, match=r"pairs of \d clips, but one step and its check take 18.*min_gap"):
+        run(recipe(batch_size=6), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("replaced", "message"),
+    [
+        ({"judge": "gpt-4o"}, "no judge 'gpt-4o'"),
+        ({"lora": {"modules": ["no_proj"]}}, "lora.modules"),
+        ({"data": {"train": {"features": "nowhere"}, "validation": {"features": "nowhere"}}}, "nowhere holds no"),
+    ],
+)
+def test_what_cannot_be_is_told(recipe, tmp_path, replaced, message):
+    with pytest.raises(KokaneeError, match=message):
+        run(recipe(**replaced), tmp_path / "run")
+
+
+def test_the_defaults_are_the_papers():
+    fields = MrdpoRecipe.model_fields
+    defaults = {name: fields[name].default for name in ("rounds", "steps", "top_p", "beta", "gt_weight")}
+    assert defaults == {"rounds": 6, "steps": 1000, "top_p": 0.9, "beta": 0.1, "gt_weight": 0.1}
+    lora = fields["lora"].default
+    assert (lora.r, lora.alpha, lora.dropout, lora.modules) == (128, 256, 0.05, ("q_proj", "k_proj", "v_proj"))
