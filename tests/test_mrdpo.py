@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from kill_mrdpo import kill_often
 from kokanee.adapters import load_adapter, merge
 from kokanee.checkpoints import load
 from kokanee.errors import KokaneeError
@@ -191,3 +193,9 @@ def test_the_defaults_are_the_papers():
     assert defaults == {"rounds": 6, "steps": 1000, "top_p": 0.9, "beta": 0.1, "gt_weight": 0.1}
     lora = fields["lora"].default
     assert (lora.r, lora.alpha, lora.dropout, lora.modules) == (128, 256, 0.05, ("q_proj", "k_proj", "v_proj"))
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_ten_random_moments_ends_with_the_same_weights(tiny_checkpoint, tiny_stores, tmp_path):
+    moments = kill_often(tiny_checkpoint, tiny_stores, tmp_path, kills=10, seed=time.time_ns() % 10**6)
+    assert len(moments) == 10
