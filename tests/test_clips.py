@@ -1,0 +1,151 @@
+"""Laws of clips: what is known of them was told, what is kept was encoded, what cannot be read is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kokanee.clips import FileClips, FileData, WorldClips, WorldData, open_prompt, read_view, watch
+from kokanee.errors import KokaneeError
+from kokanee.formats import read_jsonl
+from kokanee.mrdpo import MrdpoRecipe
+from kokanee.prompt import Turn
+from kokanee.protocol import LISTS
+from kokanee.world.language import parse
+from model_server import serving
+from mrdpo_runs import SMALL, run
+
+
+def told(files: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Captions and events of files."""
+    captions = [{"file": file, "caption": f"In {file} something moves and sounds."} for file in files]
+    events = [
+        {"version": 1, "file": file, "events": [{"text": "Something moves.", "kind": "seen"}, {"text": "It sounds."}]}
+        for file in files
+    ]
+    return captions, events
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture
+def data(media, tmp_path):
+    def build(*files: str, **more: Any) -> FileData:
+        captions, events = told(list(files))
+        return FileData(
+            videos=str(media),
+            captions=write(tmp_path / "captions.jsonl", captions),
+            events=write(tmp_path / "events.jsonl", events),
+            **more,
+        )
+
+    return build
+
+
+def nothing(done: int, total: int) -> None:
+    pass
+
+
+def test_a_world_clip_is_asked_for_what_its_annotator_told(tiny, tiny_stores):
+    clips = WorldClips(*tiny, WorldData(features=tiny_stores["train"]), "train")
+    exact = WorldClips(*tiny, WorldData(features=tiny_stores["train"], ground_truth="exact"), "train")
+    for number in range(len(clips)):
+        task, full = clips.task(number, 2, "a"), exact.task(number, 2, "a")
+        assert task == clips.task(number, 2, "a") and len(task.questions) <= 2
+        assert task.truth.facts is not None
+        assert set(parse(full.ground_truth).facts) == set(task.truth.facts)
+        assert parse(task.ground_truth).unparsed == ()
+    others = [clips.task(number, 2, "b").ground_truth for number in range(len(clips))]
+    assert others != [clips.task(number, 2, "a").ground_truth for number in range(len(clips))]
+
+
+def test_files_are_encoded_as_the_captioner_reads_them_and_once(tiny, data, media, tmp_path, monkeypatch):
+    model, processor = tiny
+    clips = FileClips(model, processor, data("first.mp4", "sound.wav"), tmp_path / "store", "What happens?")
+    clips.readable([0, 1], nothing, (0, 1))
+    assert not clips.failed() and len(clips) == 2
+    task, view = clips.task(0, 0, "key"), clips.view(0)
+    sample = processor.prepare(processor.read(media / "first.mp4"), [Turn("user", task.prompt)])
+    made = open_prompt(processor, view, task.prompt)
+    assert torch.equal(made["input_ids"], sample["input_ids"])
+    assert torch.equal(made["position_ids"], sample["position_ids"])
+    with torch.no_grad():
+        visual = model.encode_video(sample["pixel_values_videos"], sample["video_grid_thw"])
+    assert torch.equal(view.media["video_embeds"], visual)
+    assert clips.n_tokens(0) == len(view.media["video_embeds"]) + len(view.media["audio_embeds"])
+    assert set(clips.view(1).media) == {"audio_embeds"}
+    monkeypatch.setattr(clips, "watched", lambda number: pytest.fail("encoded twice"))
+    clips.readable([0, 1], nothing, (0, 1))
+
+
+def test_an_interval_is_that_part_of_the_file(tiny, media):
+    whole, part = watch(*tiny, media / "first.mp4"), watch(*tiny, media / "first.mp4", 1.0, 3.0)
+    assert len(part.media["video_embeds"]) < len(whole.media["video_embeds"])
+
+
+def test_a_file_that_cannot_be_read_is_recorded_with_its_reason(tiny, data, tmp_path):
+    clips = FileClips(*tiny, data("first.mp4", "missing.mp4"), tmp_path / "store", "What happens?")
+    clips.readable([0, 1], nothing, (0, 1))
+    assert list(clips.failed()) == [1] and "missing.mp4" in clips.failed()[1]
+    clips.readable([0, 1], nothing, (0, 1))
+    assert len(read_jsonl(tmp_path / "store" / "unreadable.jsonl")) == 1
+
+
+def test_questions_prompts_and_captions_are_those_of_the_files(tiny, data, tmp_path):
+    asked = [{"file": "first.mp4", "question": f"Question {n}?", "answer": "yes"} for n in range(3)]
+    found = data("first.mp4", "second.mp4", questions=write(tmp_path / "q.jsonl", asked), prompts=("Tell all.",))
+    clips = FileClips(*tiny, found, tmp_path / "store", "What happens?")
+    first, second = (clips.task(number, 2, "key") for number in (0, 1))
+    assert len(first.questions) == 2 and second.questions == ()
+    assert first.prompt == "Tell all." and first.ground_truth == "In first.mp4 something moves and sounds."
+    assert [event.text for event in first.truth.events] == ["Something moves.", "It sounds."]
+
+
+def test_captions_without_events_are_told(tiny, data, tmp_path):
+    found = data("first.mp4")
+    write(tmp_path / "events.jsonl", told(["other.mp4"])[1])
+    with pytest.raises(KokaneeError, match=r"No caption of .* has events"):
+        FileClips(*tiny, found, tmp_path / "store", "What happens?")
+
+
+def recipe_of(found: FileData, checkpoint: Path, url: str) -> MrdpoRecipe:
+    data = {"train": found.model_dump(), "validation": found.model_dump()}
+    more = {"judge": "openai:m", "judging": {"base_url": url}, "rounds": 1, "clips": 4, "validation_clips": 2}
+    return MrdpoRecipe(**{**SMALL, **more, "model": str(checkpoint), "data": data})
+
+
+def judged(request: dict[str, Any]) -> str:
+    """A verdict that depends on the caption, as a language model's does."""
+    text = request["messages"][-1]["content"]
+    missed = ["Something moves."] if len(text) % 2 else []
+    invented = ["A cat."] if len(text) % 3 == 0 else []
+    lists = {"Missed Event": missed, "Incorrect Event": [], "Hallucination Event": invented}
+    return json.dumps({name: len(lists[listing]) for name, listing in LISTS.items()} | lists)
+
+
+def test_rounds_run_on_files_with_a_language_model_as_judge(tiny_checkpoint, data, tmp_path):
+    found = data("first.mp4", "second.mp4", "silent.mp4", "sound.wav")
+    with serving(judged) as (server, url):
+        rounds = run(recipe_of(found, tiny_checkpoint, url), tmp_path / "run")
+        asked = len(server.requests)
+        assert rounds[1]["pairs"]["pairs"] > 0 and rounds[1]["pairs"]["unjudged"] == 0
+        run(recipe_of(found, tiny_checkpoint, url), tmp_path / "run")
+        assert len(server.requests) == asked
+    assert {path.name for path in (tmp_path / "run" / "media" / "train").iterdir()} == {
+        f"clip-{number:06d}.safetensors" for number in range(4)
+    }
+    assert read_view(tmp_path / "run" / "media" / "train" / "clip-000000.safetensors").block.kind == "video"
+
+
+def test_too_many_unreadable_files_stop_the_run(tiny_checkpoint, data, tmp_path):
+    found = data("first.mp4", "second.mp4", "gone.mp4")
+    told = r"1 of 3 files cannot be read, such as: .*gone.mp4.*unreadable"
+    with serving(judged) as (_, url), pytest.raises(KokaneeError, match=told):
+        run(recipe_of(found, tiny_checkpoint, url), tmp_path / "run")

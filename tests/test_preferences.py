@@ -1,0 +1,163 @@
+"""Laws of a round's objective: packed pairs are as separate passes, each lesson comes once, references hold."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kokanee.clips import WorldClips, WorldData
+from kokanee.mrdpo import Lora, adapted
+from kokanee.preferences import Lesson, Preferences, Weights
+from kokanee.prefix import branch_attention_in
+from kokanee.prompt import IGNORED, Turn
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+GOOD, BAD, TRUE = "A red circle jumps.", "A blue star is here. It is loud.", "A red circle is there and jumps."
+
+
+@pytest.fixture
+def clips(tiny, tiny_stores):
+    return WorldClips(*tiny, WorldData(features=tiny_stores["train"]), "train")
+
+
+def lessons(clips: WorldClips) -> list[Lesson]:
+    """Lessons of all clips, with one or two pairs and now and then questions."""
+    found = []
+    for number in range(len(clips)):
+        task = clips.task(number, 2, "key")
+        pairs = ((GOOD, BAD), (TRUE, GOOD)) if number % 2 else ((GOOD, BAD),)
+        asked = task.questions if number % 3 == 0 else ()
+        found.append(Lesson(number, task.name, task.prompt, TRUE, pairs, asked))
+    return found
+
+
+@pytest.fixture
+def make(tiny_model, tiny_processor, clips):
+    def build(weights: Weights = Weights(), held_out: int = 1, model=tiny_model, **more) -> Preferences:  # noqa: B008
+        return Preferences(model, tiny_processor, clips, lessons(clips), weights, held_out=held_out, seed=3, **more)
+
+    return build
+
+
+def separate(objective: Preferences, lesson: Lesson, prompt: str, answer: str) -> torch.Tensor:
+    """The log-probabilities of one answer's tokens, from a pass of its own."""
+    view = objective.clips.view(lesson.number)
+    sample = objective.processor.prepare_ids([Turn("user", prompt), Turn("assistant", answer)], [view.block])
+    batch = {"input_ids": sample["input_ids"][None], "position_ids": sample["position_ids"][:, None]}
+    log_p = objective.model(**batch, **view.media).logits[0, :-1].log_softmax(-1)
+    targets = sample["labels"][1:]
+    told = targets != IGNORED
+    return log_p[told].gather(1, targets[told][:, None])[:, 0]
+
+
+def by_hand(objective: Preferences, numbers: list[int]) -> torch.Tensor:
+    """The loss of some lessons from one pass for each answer."""
+    weights, references = objective.weights, objective.reference
+    losses, truths, answers = [], [], []
+    for number in numbers:
+        lesson = objective.lessons[number]
+        for pair, texts in enumerate(lesson.pairs if references is not None else ()):
+            now = [separate(objective, lesson, lesson.prompt, text).sum() for text in texts]
+            gain = [value - before for value, before in zip(now, references[number][pair], strict=True)]
+            losses.append(-torch.nn.functional.logsigmoid(weights.beta * (gain[0] - gain[1])))
+        truths.append(separate(objective, lesson, lesson.prompt, lesson.ground_truth))
+        answers += [separate(objective, lesson, *question) for question in lesson.questions]
+    loss = torch.stack(losses).mean() if losses and weights.loss != "ce" else torch.tensor(0.0)
+    if weights.loss != "dpo":
+        loss = loss - weights.gt_weight * torch.cat(truths).mean()
+    return loss - weights.qa_weight * torch.cat(answers).mean() if answers else loss
+
+
+@pytest.mark.parametrize("loss", ["gdpo", "dpo", "ce"])
+def test_one_packed_pass_has_the_loss_and_gradients_of_separate_passes(make, loss):
+    objective = make(Weights(loss, 0.3, 0.2, 0.4)).eval()
+    rows = [len(lesson.pairs) for lesson in objective.lessons]
+    objective.reference = [torch.linspace(-90, -80, 2 * count).view(-1, 2) for count in rows]
+    numbers = [0, 1, 3]
+    with branch_attention_in(objective.model):
+        packed, _ = objective(objective.collate(numbers))
+        packed.backward()
+    grads = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+    objective.zero_grad()
+    apart = by_hand(objective, numbers)
+    apart.backward()
+    assert torch.allclose(packed, apart, **CLOSE)
+    for name, parameter in objective.named_parameters():
+        if parameter.grad is not None:
+            scale = float(parameter.grad.abs().max())
+            assert torch.allclose(grads[name], parameter.grad, rtol=1e-4, atol=1e-5 * scale + 1e-9), name
+
+
+def test_a_new_adapter_begins_at_no_preference(make, tiny_model):
+    """log 2 + weight x cross-entropy, with live dropout: B is 0."""
+    model = adapted(tiny_model, Lora(r=4, alpha=8, dropout=0.5)).get_base_model()
+    objective = make(Weights("gdpo", 0.1, 0.1, 0.0), model=model)
+    with branch_attention_in(objective.model):
+        objective.reference = objective.references(range(len(objective.lessons)))
+        objective.train()
+        loss, stats = objective(objective.batch("train", 0, 3))
+    assert float(stats["dpo"]) == pytest.approx(math.log(2), abs=1e-6)
+    assert float(loss.detach()) == pytest.approx(math.log(2) + 0.1 * float(stats["ground_truth"]), abs=1e-6)
+
+
+def test_references_are_those_of_every_batch_and_of_no_dropout(make, tiny_model):
+    model = adapted(tiny_model, Lora(r=4, alpha=8, dropout=0.5)).get_base_model()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    objective = make(model=model).train()
+    with branch_attention_in(objective.model):
+        together = objective.references([0, 1, 2, 3])
+        alone = [objective.references([number])[0] for number in range(4)]
+    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(together, alone, strict=True))
+    assert [len(row) for row in together] == [1, 2, 1, 2]
+
+
+def test_every_lesson_comes_once_an_epoch_and_those_held_out_never(make):
+    objective = make(held_out=2)
+    found = [objective.batch("train", number, 1)["sample"].tolist() for number in range(8)]
+    assert sorted(sum(found[:4], [])) == sorted(sum(found[4:], [])) == [2, 3, 4, 5]
+    assert found[:4] != found[4:]
+    held = [objective.batch("validation", number, 1)["sample"].tolist() for number in range(2)]
+    assert held == [[0], [1]]
+
+
+def test_equal_numbers_give_equal_batches(make):
+    one, other = make().batch("train", 2, 2), make().batch("train", 2, 2)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_messages_name_the_clip(make):
+    objective = make()
+    assert objective.name_of(3) == objective.lessons[3].name and "train-" in objective.name_of(3)
+
+
+def test_what_hears_and_sees_has_no_dropout_in_training(make):
+    objective = make().train()
+    assert objective.model.language_model.training
+    assert not any(part.training for part in (*objective.model.audio.modules(), *objective.model.visual.modules()))
+
+
+def test_a_batch_larger_than_the_lessons_repeats_them(make):
+    objective = make(held_out=4)
+    assert sorted(objective.batch("train", 0, 4)["sample"].tolist()) == [4, 4, 5, 5]
+
+
+def test_stores_of_media_follow_the_lessons(make, clips, tiny_stores):
+    objective = make()
+    batch = objective.collate([4, 2])
+    wanted = torch.cat([clips.view(number).media["video_embeds"] for number in (4, 2)])
+    assert Path(tiny_stores["train"]).is_dir() and torch.equal(batch["video_embeds"], wanted)
+
+
+def test_pairs_of_one_clip_cost_its_prompt_once(make):
+    objective = make(Weights("dpo"))
+    one, two = objective.lessons[1], replace(objective.lessons[1], pairs=objective.lessons[1].pairs[:1])
+    objective.lessons = [one, two]
+    packed = [objective.pack(number) for number in (0, 1)]
+    prompts = [int((sample["segments"] == 0).sum()) for sample in packed]
+    assert prompts[0] == prompts[1] and int(packed[0]["segments"].max()) == 4
