@@ -19,6 +19,7 @@ from kokanee.defaults import Defaults
 from kokanee.errors import KokaneeError
 from kokanee.features import SHARD, read_store
 from kokanee.formats import read_jsonl
+from mrdpo_runs import SMALL
 from test_cli import kk
 
 RECIPE: dict[str, Any] = {
@@ -113,3 +114,30 @@ def test_several_processes_make_the_features_that_one_makes(tiny_checkpoint, tmp
     one, two = (sorted((tmp_path / name).iterdir()) for name in ("one", "two"))
     assert [path.name for path in one] == [path.name for path in two] and len(one) == 3
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True))
+
+
+def test_rounds_of_mrdpo_leave_a_table_a_report_and_a_model(tiny_checkpoint, tiny_stores, tmp_path):
+    data = {split: {"features": folder} for split, folder in tiny_stores.items()}
+    path = tmp_path / "mrdpo.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, "model": str(tiny_checkpoint), "data": data}))
+    words = ("train", "mrdpo", path, "--out", tmp_path / "run", "--rounds", 1, "--steps-per-round", 2)
+    found = kk(*words)
+    lines = found.stdout.splitlines()
+    assert lines[0].startswith("| round | Miss") and [line.split("|")[1].strip() for line in lines[2:]] == ["0", "1"]
+    assert (tmp_path / "run" / "report.html").is_file() and "report.html" in found.stderr
+    load(tmp_path / "run" / "model")
+    assert "rounds: 1 before, 2 now" in kk("train", path, "--out", tmp_path / "run", code=1).stderr
+    pairs = tmp_path / "run" / "round-01" / "pairs.jsonl"
+    kk("pairs", pairs, "--trl", "--out", tmp_path / "trl.jsonl")
+    trl = read_jsonl(tmp_path / "trl.jsonl")
+    assert len(trl) == len(read_jsonl(pairs)) and trl[0]["chosen"][0]["role"] == "assistant"
+    assert "is there already" in kk("pairs", pairs, "--out", tmp_path / "trl.jsonl", code=1).stderr
+
+
+def test_rounds_are_only_of_mrdpo_and_a_stage_is_called_by_its_name(recipe, tmp_path):
+    for words, message in (
+        (("--rounds", 2), "only mrdpo has rounds"),
+        (("--steps-per-round", 2), "only mrdpo has rounds"),
+    ):
+        assert message in kk("train", recipe, "--out", tmp_path / "run", *words, code=2).stderr
+    assert "stage 'sound encoder'" in kk("train", "mrdpo", recipe, "--out", tmp_path / "run", code=2).stderr

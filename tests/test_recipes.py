@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from kokanee.config import KokaneeConfig
 from kokanee.conversations import Mix
 from kokanee.errors import KokaneeError
+from kokanee.mrdpo import MrdpoRecipe
 from kokanee.processor import ProcessorConfig
 from kokanee.recipes import Recipe, checked, read_recipe, read_yaml
 from kokanee.stages import Sizes
@@ -84,12 +85,21 @@ def test_an_error_of_several_settings_together_is_told_without_a_name():
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*/[0-9]*.yaml")), ids=lambda path: path.stem)
 def test_the_shipped_recipes_are_right(path):
+    if read_yaml(path)["stage"] == "mrdpo":
+        return
     recipe = read_recipe(path)
     assert isinstance(recipe, Recipe) and recipe.warmup < recipe.steps
     if recipe.stage == "conversations":
         checked(Mix, recipe.data, str(path))
     else:
         assert not recipe.data
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*mrdpo.yaml")), ids=lambda path: path.parent.name)
+def test_the_shipped_recipes_of_mrdpo_are_right(path):
+    recipe = checked(MrdpoRecipe, read_yaml(path), str(path))
+    assert recipe.warmup < recipe.steps and recipe.rounds == 6 and recipe.loss == "gdpo" and recipe.proxy
+    assert recipe.clips >= recipe.n_held_out + recipe.batch_size * recipe.processes
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*/model.yaml")), ids=lambda path: path.parent.name)

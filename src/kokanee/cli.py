@@ -21,7 +21,7 @@ import kokanee
 from kokanee.cli_caption import caption
 from kokanee.cli_events import events
 from kokanee.cli_score import agree, score
-from kokanee.cli_train import train, world
+from kokanee.cli_train import pairs, train, world
 from kokanee.errors import KokaneeError
 
 PACKAGES = (
@@ -87,6 +87,7 @@ app.command()(score)
 app.command()(agree)
 app.command()(events)
 app.command()(train)
+app.command()(pairs)
 app.add_typer(world, name="world")
 
 

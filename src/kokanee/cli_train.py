@@ -65,6 +65,23 @@ def train(
     )
 
 
+def pairs(
+    source: Annotated[Path, typer.Argument(help="Pairs of a run (pairs.jsonl), or a published example_dpo.json.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON lines to write.")],
+    trl: Annotated[bool, typer.Option("--trl", help="As preference data of TRL: prompt, chosen, rejected.")] = False,
+) -> None:
+    """Preference pairs in one form, whatever form they come in."""
+    from kokanee.formats import check_writable, write_jsonl
+    from kokanee.pairs import read_pairs
+
+    check_writable(out)
+    if out.exists():
+        raise KokaneeError(f"{out} is there already. Choose another name for the pairs.")
+    found = read_pairs(source)
+    write_jsonl(out, [pair.as_trl() if trl else pair.as_record() for pair in found])
+    say(f"{len(found)} pairs: {out}")
+
+
 def train_stage(path: Path, settings: dict[str, Any], out: Path, command: Sequence[str]) -> None:
     """One stage with one loop; `command` is what another process would be started with."""
     from kokanee.recipes import Recipe, checked
