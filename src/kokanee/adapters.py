@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def load_adapter(model: Kokanee, folder: str | Path, *, trained: bool = False) -
         setattr(config, field, our_pattern(getattr(config, field), modules, f"{folder}: {field}"))
     config.target_modules = modules
     config.modules_to_save = whole or None
-    adapted = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    adapted = wrapped(model, config)
     expected = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(adapted).items()}
     stored = {PREFIX + names[key]: tensor for key, tensor in read_tensors(files, set(names)).items()}
     problems = differences(expected, {key: tuple(value.shape) for key, value in stored.items()})
@@ -80,6 +81,15 @@ def load_adapter(model: Kokanee, folder: str | Path, *, trained: bool = False) -
         if "lora_" in name or ".modules_to_save." in name:
             weight.requires_grad_(trained)
     return adapted
+
+
+def wrapped(model: Kokanee, config: LoraConfig) -> PeftModel:
+    """The model with an adapter of this kind on it, which changes nothing yet. Raises `ValueError` if it fits none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft asks for it
+        made = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    assert isinstance(made, PeftModel)
+    return made
 
 
 def our_adapter_key(key: str) -> str:

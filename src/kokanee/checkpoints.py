@@ -46,7 +46,7 @@ from kokanee.weights import (
 __all__ = ["assemble", "convert", "load", "load_adapter", "locate", "merge", "save"]
 
 CONFIG = "config.json"
-EMBEDDED = "nano"
+EMBEDDED = ("nano", "nano-sft")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 DOWNLOADED = ["*.safetensors", "*.json", "*.txt"]
 Layout = Literal["kokanee", "salmonn2plus", "adapter"]
@@ -64,8 +64,8 @@ def load(
 ) -> tuple[Kokanee, Processor]:
     """The model (in evaluation mode) and the processor of a checkpoint.
 
-    `name_or_folder`: "nano", a Kokanee folder, a folder in the authors' video-SALMONN 2+ layout, a folder with a LoRA
-    adapter (merged into `base`, or into the base that it names), or the name of any of these on the Hugging Face hub.
+    `name_or_folder`: "nano" or "nano-sft", a Kokanee folder, a folder in the authors' video-SALMONN 2+ layout, a folder
+    with a LoRA adapter (merged into `base`, or into the base that it names), or the hub's name of any of these.
     `dtype`: "bfloat16", torch.float32, ...; None keeps the stored type. `device`: one, "auto" to spread the model over
     all accelerators, or a map from beginnings of names to devices. `processor_settings` replace single settings of
     the processor. Raises `KokaneeError` for anything else, saying what was found.
@@ -86,17 +86,17 @@ def load(
 
 
 def locate(name_or_folder: str | Path) -> Path:
-    """The folder of a checkpoint: itself, the embedded "nano", or a download of a hub name. Else `KokaneeError`."""
-    if str(name_or_folder) == EMBEDDED:
-        return Path(str(importlib.resources.files("kokanee"))) / EMBEDDED
+    """The folder of a checkpoint: itself, one of `EMBEDDED`, or a download of a hub name. Else `KokaneeError`."""
+    if str(name_or_folder) in EMBEDDED:
+        return Path(str(importlib.resources.files("kokanee"))) / str(name_or_folder)
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file() or not HUB_NAME.fullmatch(str(name_or_folder)):
         kind = "a file" if folder.is_file() else "not a folder here"
         raise KokaneeError(
-            f"{name_or_folder} is {kind}, and no name of a model. Give a checkpoint's folder, '{EMBEDDED}', or a hub "
-            "name such as tsinghua-ee/video-SALMONN2_plus_7B_full."
+            f"{name_or_folder} is {kind}, and no name of a model. Give a checkpoint's folder, "
+            f"{' or '.join(EMBEDDED)}, or a hub name such as tsinghua-ee/video-SALMONN2_plus_7B_full."
         )
     try:
         found = snapshot_download(str(name_or_folder), allow_patterns=DOWNLOADED, ignore_patterns=["*.fp32*", "*/*"])

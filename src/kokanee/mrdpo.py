@@ -23,10 +23,10 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from pydantic import BaseModel, ConfigDict, Field
 
-from kokanee.adapters import load_adapter, merge
+from kokanee.adapters import load_adapter, merge, wrapped
 from kokanee.captions import Decoding
 from kokanee.checkpoints import load, save
 from kokanee.clips import Clips, FileClips, FileData, Task, WorldClips, WorldData
@@ -473,11 +473,9 @@ def adapted(model: Kokanee, lora: Lora) -> PeftModel:
         target_modules=rf"language_model\..*\.({'|'.join(lora.modules)})",
     )
     try:
-        made = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+        return wrapped(model, config)
     except ValueError as error:
         raise KokaneeError(f"lora.modules: {error}. Name parts of the decoder's layers, such as q_proj.") from error
-    assert isinstance(made, PeftModel)
-    return made
 
 
 def references(run: Run, path: Path, objective: Preferences, number: int) -> list[torch.Tensor]:
