@@ -72,6 +72,21 @@ def test_samples_do_not_depend_on_their_number_or_their_batch(model):
     assert len({tuple(ids) for ids in four}) == 4
 
 
+def test_a_prompt_that_outlives_the_others_says_what_it_says_alone(model):
+    """Those that ended are dropped from the batch, again and again."""
+    open_one, free = tiny_sample("av"), Decoding(1.0, 1.0, 3, 40)
+    lengths = [len(answer.ids) for answer in answers(model, open_batch(open_one), free, 8)]
+    assert max(lengths) > 4
+    samples = [tiny_sample(kind, seed=seed) for seed in (0, 1) for kind in ("av", "video", "audio", "text")]
+    keys = [str(number) for number in range(8)]
+    together = answers(model, open_batch(*samples), free, 2, keys)
+    for number, sample in enumerate(samples):
+        alone = answers(model, open_batch(sample), free, 2, keys[number : number + 1])
+        assert [answer.ids for answer in together[2 * number : 2 * number + 2]] == [answer.ids for answer in alone]
+        ends = [answer.finished for answer in together[2 * number : 2 * number + 2]]
+        assert ends == [answer.finished for answer in alone]
+
+
 def test_the_seed_decides_samples_and_only_samples(model):
     batch = open_batch(tiny_sample("av"))
     sampled = [answers(model, batch, Decoding(1.0, 0.9, seed, 12))[0].ids for seed in (3, 3, 4)]
@@ -138,8 +153,9 @@ class Scripted:
         return torch.nn.Embedding(VOCABULARY, 1)
 
     def __call__(self, position_ids: torch.Tensor, **inputs: Any) -> Any:
-        logits_RV = torch.zeros(len(self.scripts), VOCABULARY)
-        for row, script in enumerate(self.scripts):
+        n_rows = position_ids.shape[1]
+        logits_RV = torch.zeros(n_rows, VOCABULARY)
+        for row, script in enumerate(self.scripts[-n_rows:]):  # those that are left are the last
             logits_RV[row, script[self.step]] = self.value
         self.step += 1
         self.positions.append(position_ids)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -64,8 +65,9 @@ def steps(
     """The next token of every row, step by step; `NO_TOKEN` for rows that came to their end before.
 
     `batch` is a collated batch of open prompts, padded on the left; `keys` say what each prompt is, so that those of
-    different keys draw different random numbers. Stops when all rows have ended or are `max_new_tokens` long. Raises
-    `KokaneeError` when the model's output is not finite, or the device has too little memory.
+    different keys draw different random numbers. Stops when all rows have ended or are `max_new_tokens` long; prompts
+    whose samples have all ended are no longer computed, once they are the half. Raises `KokaneeError` when the model's
+    output is not finite, or the device has too little memory.
     """
     device = cast(torch.Tensor, model.get_input_embeddings().weight).device
     with memory_said():
@@ -73,16 +75,24 @@ def steps(
     logits_RV, cache = prefill(model, batch, n_samples)
     last_3R1 = batch["position_ids"][:, :, -1:].repeat_interleave(n_samples, 1)
     draw = uniform_numbers(decoding, keys or [""] * len(batch["input_ids"]), n_samples)
-    ends = end_ids(model)
-    ended = [False] * len(logits_RV)
+    ends, n_rows = end_ids(model), len(logits_RV)
+    ended = [False] * n_rows
+    rows = list(range(n_rows))  # those that are still computed; all of a prompt, or none
     for step in range(decoding.max_new_tokens):
         check_finite(logits_RV, step)
-        chosen_R = choose(logits_RV, decoding, draw)
-        tokens = [NO_TOKEN if over else token for over, token in zip(ended, chosen_R.tolist(), strict=True)]
-        ended = [over or token in ends for over, token in zip(ended, tokens, strict=True)]
+        chosen_R = choose(logits_RV, decoding, partial(draw, rows))
+        tokens = [NO_TOKEN] * n_rows
+        for row, token in zip(rows, chosen_R.tolist(), strict=True):
+            tokens[row] = NO_TOKEN if ended[row] else token
+            ended[row] = ended[row] or token in ends
         yield tokens
         if all(ended) or step + 1 == decoding.max_new_tokens:
             return
+        left = [at for at in range(0, len(rows), n_samples) if not all(ended[row] for row in rows[at : at + n_samples])]
+        if 2 * n_samples * len(left) <= len(rows):
+            kept = [at + sample for at in left for sample in range(n_samples)]
+            cache.keep([at // n_samples for at in left])
+            rows, chosen_R, last_3R1 = [rows[at] for at in kept], chosen_R[kept], last_3R1[:, kept]
         last_3R1 = last_3R1 + 1
         logits_RV = one_more(model, chosen_R, last_3R1, cache)
 
@@ -142,15 +152,14 @@ def choose(logits_RV: torch.Tensor, decoding: Decoding, draw: Callable[[], torch
     return order_RV.gather(1, place_R1.minimum(size_R1 - 1))[:, 0]
 
 
-def uniform_numbers(decoding: Decoding, keys: Sequence[str], n_samples: int) -> Callable[[], torch.Tensor]:
-    """A function that draws one number in [0, 1) for each row (R,), sample k of a prompt from the k-th stream of its
-    key."""
+def uniform_numbers(decoding: Decoding, keys: Sequence[str], n_samples: int) -> Callable[[Sequence[int]], torch.Tensor]:
+    """A function that draws a number in [0, 1) for some rows, each from the stream of its prompt's key and its sample."""
     streams = [
         torch.Generator().manual_seed(stream_seed(decoding.seed, key, sample))
         for key in (keys if decoding.temperature else ())
         for sample in range(n_samples)
     ]
-    return lambda: torch.cat([torch.rand(1, generator=stream) for stream in streams])
+    return lambda rows: torch.cat([torch.rand(1, generator=streams[row]) for row in rows])
 
 
 def check_finite(logits_RV: torch.Tensor, step: int) -> None:

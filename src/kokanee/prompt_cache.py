@@ -10,7 +10,7 @@ said so far, K heads of keys and G heads of queries for each of them (H = K x G)
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class PromptCache:
     def __init__(self, prompts: Any, mask_BP: torch.Tensor, n_samples: int) -> None:
         self.prompts = [(layer.keys, layer.values) for layer in prompts.layers]
         self.n_samples = n_samples
-        self.bias_B11P = None
+        self.bias_B11P: torch.Tensor | None = None
         if not bool(mask_BP.all()):
             self.bias_B11P = torch.zeros(mask_BP.shape).masked_fill(mask_BP.cpu() == 0, -torch.inf)[:, None, None]
         self.said: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -46,6 +46,14 @@ class PromptCache:
         keys[:, :, self.length - 1 : self.length] = key_RK1D
         values[:, :, self.length - 1 : self.length] = value_RK1D
         return keys[:, :, : self.length], values[:, :, : self.length]
+
+    def keep(self, prompts: Sequence[int]) -> None:
+        """Go on with these prompts only, all samples of each."""
+        rows = [prompt * self.n_samples + sample for prompt in prompts for sample in range(self.n_samples)]
+        self.prompts = [(keys[list(prompts)], values[list(prompts)]) for keys, values in self.prompts]
+        self.said = [(keys[rows], values[rows]) for keys, values in self.said]
+        if self.bias_B11P is not None:
+            self.bias_B11P = self.bias_B11P[list(prompts)]
 
 
 def grown(states_RKTD: torch.Tensor) -> torch.Tensor:
