@@ -153,7 +153,7 @@ def choose(logits_RV: torch.Tensor, decoding: Decoding, draw: Callable[[], torch
 
 
 def uniform_numbers(decoding: Decoding, keys: Sequence[str], n_samples: int) -> Callable[[Sequence[int]], torch.Tensor]:
-    """A function that draws a number in [0, 1) for some rows, each from the stream of its prompt's key and its sample."""
+    """A function that draws a number in [0, 1) for some rows, each from the stream of its prompt and its sample."""
     streams = [
         torch.Generator().manual_seed(stream_seed(decoding.seed, key, sample))
         for key in (keys if decoding.temperature else ())
