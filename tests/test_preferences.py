@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from kokanee.clips import WorldClips, WorldData
+from kokanee.errors import KokaneeError
 from kokanee.mrdpo import Lora, adapted
 from kokanee.preferences import Lesson, Preferences, Weights
 from kokanee.prefix import branch_attention_in
 from kokanee.prompt import IGNORED, Turn
+from kokanee.recipes import Training
+from kokanee.train import train
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 GOOD, BAD, TRUE = "A red circle jumps.", "A blue star is here. It is loud.", "A red circle is there and jumps."
@@ -134,6 +137,19 @@ def test_equal_numbers_give_equal_batches(make):
 def test_messages_name_the_clip(make):
     objective = make()
     assert objective.name_of(3) == objective.lessons[3].name and "train-" in objective.name_of(3)
+
+
+def test_of_a_batch_whose_loss_is_not_finite_the_clip_is_named_that_makes_it_so(make, tmp_path):
+    objective = make()
+    objective.reference = [torch.zeros(len(lesson.pairs), 2) for lesson in objective.lessons]
+    objective.reference[3][1, 0] = torch.nan
+    settings = Training(steps=1, batch_size=5, workers=0, learning_rate=0.1, device="cpu")
+    weights = dict(objective.named_parameters())
+    before = {name: weight.clone() for name, weight in weights.items()}
+    named = objective.name_of(3)
+    with branch_attention_in(objective.model), pytest.raises(KokaneeError, match=rf"nan.*with samples {named}\."):
+        train(objective, settings, tmp_path, weights)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
 
 
 def test_what_hears_and_sees_has_no_dropout_in_training(make):

@@ -227,7 +227,7 @@ def test_a_number_that_is_not_finite_stops_before_the_weights_change(tmp_path, w
     samples = [number * 100 + k for number in range(3 * accumulate, 4 * accumulate) for k in range(3)]
     with pytest.raises(KokaneeError) as error:
         train(objective, recipe(accumulate=accumulate), tmp_path, report)
-    assert "Step 4:" in str(error.value) and f"samples {samples}" in str(error.value)
+    assert "Step 4:" in str(error.value) and f"samples {', '.join(map(str, samples))}." in str(error.value)
     assert_equal(objective.state_dict(), weights)
     assert int(checkpoint(tmp_path)[""]) == 2
 
@@ -312,8 +312,8 @@ def run_together(script: Path, *arguments: str) -> None:
 def test_two_processes_do_what_one_does_with_twice_the_batches(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom test_train import Toy, recipe\n"
-        "from kokanee.launch import as_worker\nfrom kokanee.train import train\n"
+        "import sys\nfrom pathlib import Path\nfrom test_train import Toy, recipe, train\n"
+        "from kokanee.launch import as_worker\n"
         "with as_worker():\n    train(Toy(dropout=0.0), recipe(processes=2), Path(sys.argv[1]))\n"
     )
     run_together(script, str(tmp_path / "two"))

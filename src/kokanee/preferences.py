@@ -89,6 +89,14 @@ class Preferences(Objective):
     def name_of(self, sample: int) -> str:
         return self.lessons[sample].name
 
+    @torch.no_grad()
+    def blamed(self, samples: Sequence[int]) -> Sequence[int]:
+        """Those whose loss alone is not finite; all, where none's is."""
+        device = self.model.device
+        batches = [{name: value.to(device) for name, value in self.collate([one]).items()} for one in samples]
+        bad = [one for one, batch in zip(samples, batches, strict=True) if not torch.isfinite(self(batch)[0])]
+        return bad or samples
+
     def batch(self, split: str, number: int, size: int) -> Batch:
         """`size` lessons; every one of the split comes once before any comes again (but those left over)."""
         if split != "train":

@@ -60,6 +60,10 @@ class Objective(nn.Module):
         """What a sample of a batch is called, for messages."""
         return str(sample)
 
+    def blamed(self, samples: Sequence[int]) -> Sequence[int]:
+        """Which of these, the samples of a step whose loss is not finite, make it so; all, where that is not known."""
+        return samples
+
     def samples(self) -> dict[str, str]:
         """What the batches are made of beside the recipe, by name: a run goes on only where this is the same."""
         return {}
@@ -257,7 +261,10 @@ def one_step(run: Run, batches: Iterator[Batch], step: int) -> dict[str, float]:
             accelerator.backward(loss / recipe.accumulate)
         found.append({"loss": float(loss.detach()), **{name: float(value) for name, value in stats.items()}})
     norm = float(torch.nn.utils.clip_grad_norm_(list(run.trained.values()), recipe.clip))
-    check_finite([figures["loss"] for figures in found], norm, [run.objective.name_of(s) for s in samples], step)
+    losses = [figures["loss"] for figures in found]
+    if not all(map(math.isfinite, losses)):
+        samples = run.objective.blamed(samples)
+    check_finite(losses, norm, [run.objective.name_of(sample) for sample in samples], step)
     run.optimizer.step()
     figures = means(found)
     return {"loss": figures.pop("loss"), "gradient": norm, **figures, "learning_rate": rate}
