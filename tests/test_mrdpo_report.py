@@ -21,7 +21,7 @@ RECIPE = {
     "steps": 20,
     "clips": 240,
     "samples": 6,
-    "temperature": 1.0,
+    "temperatures": [1.0, 0.5],
     "top_p": 0.9,
     "loss": "gdpo",
     "proxy": True,
@@ -148,7 +148,10 @@ def test_the_numbers_are_those_of_the_files(tmp_path):
     assert row(page, "Train") == ["–", "20 min", "20 min"] and row(page, "Evaluate")[1] == "45 s"
     assert row(page, "KL to the round&#x27;s reference")[1:] == ["2.345"] * 2
     assert "gDPO, beta 0.25, weight of the ground truth 0.125" in page and "<dd>42 min</dd>" in page
-    assert "3 of 20 steps, learning rate 0.0003" in page and "6 of each of 240 clips" in page
+    assert (
+        "3 of 20 steps, learning rate 0.0003" in page
+        and "6 of each of 240 clips a round at temperature 1 and 0.5" in page
+    )
 
 
 def test_the_outcome_tells_start_end_and_best(tmp_path):

@@ -152,7 +152,8 @@ def known(value: Any) -> float | None:
 def about(recipe: Mapping[str, Any], finished: Sequence[Round]) -> str:
     """What the run was."""
     recipe = defaultdict(lambda: "not known", recipe)
-    sampled = "{samples} of each of {clips} clips a round, temperature {temperature}, top-p {top_p}"
+    warm = " and ".join(f"{value:g}" for value in recipe.get("temperatures") or ()) or "not known"
+    sampled = f"{{samples}} of each of {{clips}} clips a round at temperature {warm}, top-p {{top_p}}"
     captions = "{clips} a round, from the ground truth" if recipe["loss"] == "ce" else sampled
     loss = LOSSES.get(recipe["loss"], recipe["loss"])
     lora = "LoRA of rank {r}, alpha {alpha}, ".format_map(defaultdict(lambda: "not known", recipe.get("lora", {})))
