@@ -133,7 +133,8 @@ class WorldClips:
         return digest([clip.stretch for clip in self.features])
 
     def readable(self, numbers: Sequence[int], report: Callable[[int, int], None], share: tuple[int, int]) -> None:
-        pass
+        for number in numbers:  # here, as processes that make batches may have no device
+            self.view(number)
 
     def failed(self) -> dict[int, str]:
         return {}

@@ -29,6 +29,7 @@ Loss = Literal["gdpo", "dpo", "ce"]
 WITH_PAIRS: tuple[Loss, ...] = ("gdpo", "dpo")
 WITH_GROUND_TRUTH: tuple[Loss, ...] = ("gdpo", "ce")
 PAIR, GROUND_TRUTH, ANSWER = 0, 1, 2
+KEPT_TOKENS, ANSWERS_TOKENS = 4_000_000, 200  # of packed lessons in memory; of the text of one, about
 WINDOW = 16  # batches that are made together, so that clips of like length can be in one
 
 
@@ -77,7 +78,8 @@ class Preferences(Objective):
         self.model, self.processor, self.clips, self.lessons = model, processor, clips, lessons
         self.weights, self.held_out, self.seed = weights, held_out, seed
         self.reference = reference
-        self.packed = lru_cache(4096)(self.pack)
+        longest = max((clips.n_tokens(lesson.number) for lesson in lessons), default=0)
+        self.packed = lru_cache(KEPT_TOKENS // (longest + ANSWERS_TOKENS))(self.pack)
 
     def train(self, mode: bool = True) -> Preferences:
         """As usual, but what sees and hears is frozen and so never has dropout."""
