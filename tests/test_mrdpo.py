@@ -159,6 +159,11 @@ def test_the_best_round_is_kept_where_that_is_asked_for(recipe, tiny_checkpoint,
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), kept.parameters(), strict=True))
 
 
+def test_every_round_has_its_share_of_the_learning_rate(recipe):
+    shares = recipe(rates=[1.0, 0.5], learning_rate=0.01)
+    assert [shares.rate_of(number) for number in (1, 2, 3, 9)] == [0.01, 0.005, 0.005, 0.005]
+
+
 def errors(*totals: float) -> list[dict[str, Any]]:
     return [{"greedy": {"total": total}} for total in totals]
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
 from kokanee.adapters import load_adapter, merge, wrapped
 from kokanee.captions import Decoding
@@ -114,6 +114,9 @@ class MrdpoRecipe(Training):
     judging: Judging = Judging()
     pairs: PairRules = PairRules()
     loss: Loss = Field("gdpo", description="dpo: without the ground truth; ce: the ground truth alone")
+    rates: tuple[PositiveFloat, ...] = Field(
+        (1.0,), min_length=1, description="learning rate of each round, as a share of learning_rate; the last goes on"
+    )
     beta: float = Field(0.1, gt=0)
     gt_weight: float = Field(0.1, ge=0, description="of the ground truth's cross-entropy, lambda in the paper")
     proxy: bool = Field(True, description="a new adapter each round; false: one adapter is trained on")
@@ -134,6 +137,10 @@ class MrdpoRecipe(Training):
     def seed_of(self, number: int) -> int:
         """The seed of a round."""
         return self.seed * 1000 + number
+
+    def rate_of(self, number: int) -> float:
+        """The highest learning rate of a round."""
+        return self.learning_rate * self.rates[min(number, len(self.rates)) - 1]
 
     def decodings(self, number: int) -> list[Decoding]:
         """How captions are sampled in a round, with other random numbers at each temperature."""
@@ -450,7 +457,7 @@ def trained(run: Run, number: int, lessons: Sequence[Lesson]) -> dict[str, float
     with branch_attention_in(model):
         if recipe.loss in WITH_PAIRS:
             objective.reference = references(run, place / REFERENCE, objective, number)
-        settings = recipe.model_copy(update={"seed": recipe.seed_of(number)})
+        settings = recipe.model_copy(update={"seed": recipe.seed_of(number), "learning_rate": recipe.rate_of(number)})
         found = train(
             objective,
             settings,
