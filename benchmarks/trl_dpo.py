@@ -78,7 +78,7 @@ def trainer_of(model: Kokanee, lora: LoraConfig, chosen: Sample, rejected: Sampl
             return dataset
 
     settings = trl.DPOConfig(
-        output_dir=tempfile.mkdtemp(prefix="kokanee-trl-"),
+        output_dir=os.path.join(tempfile.gettempdir(), "kokanee-trl"),
         use_cpu=model.device.type == "cpu",
         bf16=False,  # the weights have their type already
         gradient_checkpointing=model.language_model.gradient_checkpointing,
