@@ -76,7 +76,7 @@ def loop(model: Kokanee, batch: Sample, decoding: Decoding, n_samples: int) -> T
     cache.batch_repeat_interleave(n_samples)
     position_3R1 = batch["position_ids"][:, :, -1:].repeat_interleave(n_samples, 1)
     while True:
-        tokens_R = choose(logits_RV, decoding, draw)
+        tokens_R = choose(logits_RV, decoding, partial(draw, range(n_samples)))
         said.append(tokens_R.tolist())
         if len(said) == decoding.max_new_tokens:
             return [list(tokens) for tokens in zip(*said, strict=True)]
