@@ -9,7 +9,7 @@ import pytest
 from kokanee.errors import KokaneeError
 from kokanee.events import Counts
 from kokanee.formats import append_jsonl, write_json
-from kokanee.pairs import ALIKE, FEWER, SAME, Candidate, Pair, PairRules, dropped, picked, read_pairs
+from kokanee.pairs import ALIKE, FEWER, SAME, SILENT, Candidate, Pair, PairRules, dropped, picked, read_pairs
 
 
 def candidate(text, missed=0, incorrect=0, hallucinated=0, n_events=10, repetition=0.0):
@@ -44,6 +44,12 @@ def test_what_is_no_preference_is_dropped_and_counted():
     assert dropped(counts for _, counts in found) == {ALIKE: 2, FEWER: 2, SAME: 1}
     assert picked(close[0], PairRules(min_gap=0.0)) == ([], {ALIKE: 1})
     assert len(picked(close[1], PairRules(min_gap=0.1))[0]) == 1
+
+
+def test_silence_is_never_chosen_but_may_be_rejected():
+    silent, wrong, good = candidate("", missed=10), candidate("wrong", 9, 0, 4), candidate("good", 3)
+    assert picked([silent, wrong], PairRules()) == ([], {SILENT: 1})
+    assert picked([silent, good], PairRules())[0] == [(good, silent)]
 
 
 def test_the_order_of_the_samples_changes_nothing():

@@ -27,6 +27,7 @@ VERSION = 1
 ROUNDING = 1e-9  # 0.5 - 0.4 is less than 0.1
 MEDIA_TAGS = ("<video>", "<image>", "<audio>")
 FEWER, SAME, ALIKE = "fewer than two captions", "all captions the same", "scores too close"
+SILENT = "the better says nothing"
 
 
 class PairRules(BaseModel):
@@ -97,7 +98,8 @@ def picked(candidates: Sequence[Candidate], rules: PairRules) -> tuple[list[tupl
     """(chosen, rejected) of one clip, the widest gap first, and why pairs that might have been are none.
 
     The best is set against the worst, the second best against the second worst and so on, so that no caption is in
-    two pairs. Equal texts are one caption. Ties are never pairs, whatever `min_gap`.
+    two pairs. Equal texts are one caption. Ties are never pairs, whatever `min_gap`, and silence is never chosen: it has
+    few errors beside a caption that is mostly wrong, but nobody wants it learnt.
     """
     different = list({candidate.text: candidate for candidate in candidates}.values())
     if len(different) < 2:
@@ -105,8 +107,9 @@ def picked(candidates: Sequence[Candidate], rules: PairRules) -> tuple[list[tupl
     order = sorted(different, key=lambda candidate: (candidate.score(rules), candidate.text))
     tried = [(order[place], order[-1 - place]) for place in range(min(rules.max_pairs, len(order) // 2))]
     gaps = [rejected.score(rules) - chosen.score(rules) for chosen, rejected in tried]
-    found = [pair for pair, gap in zip(tried, gaps, strict=True) if gap > ROUNDING and gap >= rules.min_gap - ROUNDING]
-    return found, Counter({ALIKE: len(tried) - len(found)} if len(found) < len(tried) else {})
+    apart = [pair for pair, gap in zip(tried, gaps, strict=True) if gap > ROUNDING and gap >= rules.min_gap - ROUNDING]
+    found = [(chosen, rejected) for chosen, rejected in apart if chosen.text.strip()]
+    return found, +Counter({ALIKE: len(tried) - len(apart), SILENT: len(apart) - len(found)})
 
 
 def read_pairs(path: Path) -> list[Pair]:
