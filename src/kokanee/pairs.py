@@ -98,8 +98,8 @@ def picked(candidates: Sequence[Candidate], rules: PairRules) -> tuple[list[tupl
     """(chosen, rejected) of one clip, the widest gap first, and why pairs that might have been are none.
 
     The best is set against the worst, the second best against the second worst and so on, so that no caption is in
-    two pairs. Equal texts are one caption. Ties are never pairs, whatever `min_gap`, and silence is never chosen: beside
-    a caption that is mostly wrong it has few errors, but nobody wants it learnt.
+    two pairs. Equal texts are one caption. Ties are never pairs, whatever `min_gap`. Silence is never chosen: beside a
+    caption that is mostly wrong it has few errors, but nobody wants it learnt.
     """
     different = list({candidate.text: candidate for candidate in candidates}.values())
     if len(different) < 2:
