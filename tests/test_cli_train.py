@@ -126,7 +126,7 @@ def test_rounds_of_mrdpo_leave_a_table_a_report_and_a_model(tiny_checkpoint, tin
     assert lines[0].startswith("| round | Miss") and [line.split("|")[1].strip() for line in lines[2:]] == ["0", "1"]
     assert (tmp_path / "run" / "report.html").is_file() and "report.html" in found.stderr
     load(tmp_path / "run" / "model")
-    assert "rounds: 1 before, 2 now" in kk("train", path, "--out", tmp_path / "run", code=1).stderr
+    assert "steps: 2 before, 3 now" in kk("train", path, "--out", tmp_path / "run", code=1).stderr
     pairs = tmp_path / "run" / "round-01" / "pairs.jsonl"
     kk("pairs", pairs, "--trl", "--out", tmp_path / "trl.jsonl")
     trl = read_jsonl(tmp_path / "trl.jsonl")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from kokanee.clips import FileClips, FileData, WorldClips, WorldData, open_prompt, read_view, watch
 from kokanee.errors import KokaneeError
@@ -95,7 +96,29 @@ def test_a_file_that_cannot_be_read_is_recorded_with_its_reason(tiny, data, tmp_
     clips.readable([0, 1], nothing, (0, 1))
     assert list(clips.failed()) == [1] and "missing.mp4" in clips.failed()[1]
     clips.readable([0, 1], nothing, (0, 1))
-    assert len(read_jsonl(tmp_path / "store" / "unreadable.jsonl")) == 1
+    assert len(read_jsonl(tmp_path / "store" / "unreadable-0.jsonl")) == 1
+
+
+def test_a_file_that_was_mended_is_read(tiny, data, media, tmp_path):
+    found = data("mended.mp4")
+    clips = FileClips(*tiny, found.model_copy(update={"videos": str(tmp_path)}), tmp_path / "store", "What happens?")
+    clips.readable([0], nothing, (0, 1))
+    assert list(clips.failed()) == [0]
+    (tmp_path / "mended.mp4").write_bytes((media / "silent.mp4").read_bytes())
+    clips.readable([0], nothing, (0, 1))
+    assert not clips.failed() and clips.view(0).block.kind == "video"
+
+
+def test_processes_that_share_the_work_leave_no_clip_out(tiny, data, tmp_path):
+    clips = FileClips(*tiny, data("first.mp4", "second.mp4", "silent.mp4"), tmp_path / "store", "What happens?")
+    for share in (0, 1):  # the second starts when the first is done
+        clips.readable([0, 1, 2], nothing, (share, 2))
+    assert all(clips.place(number).is_file() for number in range(3))
+
+
+def test_a_bias_that_annotators_do_not_have_is_named():
+    with pytest.raises(ValidationError, match="bias has no sleepy"):
+        WorldData(features="x", bias={"sleepy": 1.0})
 
 
 def test_questions_prompts_and_captions_are_those_of_the_files(tiny, data, tmp_path):

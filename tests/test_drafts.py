@@ -11,8 +11,11 @@ from accelerate import PartialState
 from kokanee.captions import Decoding
 from kokanee.clips import WorldClips, WorldData
 from kokanee.drafts import Team, Writer, candidates, figures, verdicts
+from kokanee.endpoint import Unanswered
+from kokanee.errors import KokaneeError
 from kokanee.events import Counts, repetition_rate
 from kokanee.formats import read_jsonl
+from kokanee.judges import judged
 from kokanee.pairs import Candidate
 from kokanee.scoring import ExactJudge
 from kokanee.world.score import judge
@@ -52,7 +55,7 @@ def test_every_clip_has_all_its_captions_with_how_they_were_drawn(tiny, team, cl
     assert alone[0] == found[3]  # whatever the batch
 
 
-@pytest.mark.parametrize("kept", [1, 4, 5])
+@pytest.mark.parametrize("kept", [0, 1, 4, 5])
 def test_a_file_that_ends_early_is_gone_on_with(tiny, team, clips, tasks, tmp_path, kept):
     written(tiny, team, clips, tasks, tmp_path / "whole.jsonl")
     lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
@@ -65,7 +68,7 @@ def test_verdicts_are_the_judges_and_are_asked_for_once(tiny, team, clips, tasks
     drafts = written(tiny, team, clips, tasks, tmp_path / "drafts.jsonl")
     told: list[int] = []
     path = tmp_path / "verdicts.jsonl"
-    found = verdicts(path, ExactJudge(), tasks, drafts, team, lambda done, total: told.append(done))
+    found = verdicts(path, ExactJudge, tasks, drafts, team, lambda done, total: told.append(done))
     assert told == list(range(1, 4 * len(tasks) + 1))
     for task, draft, verdict in zip(tasks, drafts, found, strict=True):
         exact = [judge(task.truth.facts, text) for text in draft["captions"]]
@@ -73,7 +76,34 @@ def test_verdicts_are_the_judges_and_are_asked_for_once(tiny, team, clips, tasks
         assert [one["missed"] for one in verdict["verdicts"]] == [list(one.missed) for one in exact]
         assert verdict["repetition"] == [repetition_rate(text) for text in draft["captions"]]
         assert verdict["ground_truth"] == task.ground_truth
-    assert verdicts(path, ExactJudge(), tasks, drafts, team, lambda *_: pytest.fail("asked again")) == found
+    assert verdicts(path, ExactJudge, tasks, drafts, team, lambda *_: pytest.fail("asked again")) == found
+    with pytest.raises(KokaneeError, match="other clips"):
+        verdicts(path, ExactJudge, tasks[::-1], drafts, team, quiet)
+
+
+class Silent:
+    """A judge that never answers about captions of odd length."""
+
+    name, concurrency = "silent", 1
+
+    async def judge(self, truth, prediction, run):
+        if len(prediction.text) % 2:
+            raise Unanswered("it did not answer")
+        return judged(judge(truth.facts, prediction.text))
+
+    async def close(self):
+        pass
+
+
+def test_too_many_captions_without_a_verdict_stop_the_run_and_are_asked_for_again(tiny, team, clips, tasks, tmp_path):
+    drafts = written(tiny, team, clips, tasks, tmp_path / "drafts.jsonl")
+    odd = sum(len(text) % 2 for draft in drafts for text in draft["captions"])
+    assert odd
+    with pytest.raises(KokaneeError, match=rf"{odd} of \d+ captions could not be judged.*did not answer"):
+        verdicts(tmp_path / "verdicts.jsonl", Silent, tasks, drafts, team, quiet, 0.0)
+    assert not (tmp_path / "verdicts.jsonl").exists()
+    found = verdicts(tmp_path / "verdicts.jsonl", Silent, tasks, drafts, team, quiet, 1.0)
+    assert sum(counts is None for record in found for counts in record["counts"]) == odd
 
 
 def test_a_caption_that_was_not_judged_is_no_candidate():

@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
+from pydantic import ValidationError
 
 from kill_mrdpo import kill_often
 from kokanee.adapters import load_adapter, merge
 from kokanee.checkpoints import load
+from kokanee.clips import WorldClips, WorldData
+from kokanee.drafts import Team, Writer
 from kokanee.errors import KokaneeError
-from kokanee.formats import read_json, read_jsonl
+from kokanee.formats import alone_in, read_json, read_jsonl, write_json
 from kokanee.mrdpo import MrdpoRecipe, best, is_over, run_mrdpo
 from kokanee.pairs import read_pairs
 from mrdpo_runs import run, small_recipe, weights
@@ -81,8 +85,17 @@ def test_captions_of_a_round_are_the_merged_models(whole, tiny_checkpoint, tiny_
     run(small_recipe(tiny_checkpoint, tiny_stores, rounds=1), tmp_path / "one")
     same = [(folder / "round-01" / "samples.jsonl").read_bytes() for folder in (whole, tmp_path / "one")]
     assert same[0] == same[1]
-    greedy = [(whole / f"round-{number:02d}" / "validation.jsonl").read_bytes() for number in (0, 1, 2)]
-    assert len(set(greedy)) > 1
+    model, processor = load(tiny_checkpoint, dtype="float32")
+    model = merge(load_adapter(model, whole / "round-01" / "adapter"))
+    clips = WorldClips(model, processor, WorldData(features=tiny_stores["train"]), "train")
+    asked = small_recipe(tiny_checkpoint, tiny_stores)
+    tasks = {task.name: task for task in (clips.task(number, 0, "") for number in range(len(clips)))}
+    for draft in read_jsonl(whole / "round-02" / "samples.jsonl"):
+        task = tasks[draft["clip"]].asking(draft["prompt"])
+        found = [
+            Writer(model, processor, 2, Team(PartialState())).said(clips, [task], way, 4) for way in asked.decodings(2)
+        ]
+        assert [text for ((*said,),) in found for text, _ in said] == draft["captions"]
     seeds = [read_jsonl(whole / f"round-{number:02d}" / "samples.jsonl")[0]["seeds"] for number in (1, 2)]
     assert seeds[0] != seeds[1] and len(set(seeds[0])) == 2
 
@@ -120,6 +133,26 @@ def test_a_run_that_is_stopped_at_every_report_ends_with_the_same_weights(whole,
 def test_other_settings_are_refused_and_named(whole, recipe):
     with pytest.raises(KokaneeError, match=r"beta: 0.1 before, 0.2 now"):
         run(recipe(beta=0.2), whole)
+
+
+def test_a_run_goes_on_with_more_rounds_and_another_budget(recipe, whole, tmp_path):
+    run(recipe(rounds=1), tmp_path / "longer")
+    run(recipe(judging={"budget_tokens": 5}), tmp_path / "longer")
+    assert weights(tmp_path / "longer") == weights(whole)
+
+
+def test_a_run_begun_before_there_was_a_setting_had_its_default(whole, recipe):
+    state = read_json(whole / "state.json")
+    del state["recipe"]["unjudged"], state["recipe"]["qa_weight"]
+    write_json(whole / "state.json", state)
+    run(recipe(), whole)
+    with pytest.raises(KokaneeError, match=r"qa_weight: 0.1 before, 0.3 now"):
+        run(recipe(qa_weight=0.3), whole)
+
+
+def test_two_do_not_work_in_one_folder(recipe, tmp_path):
+    with alone_in(tmp_path / "run"), pytest.raises(KokaneeError, match="Another process works in"):
+        run(recipe(), tmp_path / "run")
 
 
 def test_cross_entropy_alone_samples_nothing(recipe, tmp_path):
@@ -177,13 +210,21 @@ def test_patience_counts_rounds_since_the_best():
 def test_too_few_pairs_are_told_with_what_helps(recipe, tmp_path):
     with pytest.raises(KokaneeError, match=r"pairs of \d clips, but one step and its check take 18.*min_gap"):
         run(recipe(batch_size=6), tmp_path / "run")
+    assert not (tmp_path / "run" / "round-00").exists()
+
+
+def test_references_and_policy_are_computed_alike(recipe):
+    with pytest.raises(ValidationError, match="dtype: bfloat16"):
+        recipe(autocast_bf16=True)
 
 
 @pytest.mark.parametrize(
     ("replaced", "message"),
     [
         ({"judge": "gpt-4o"}, "no judge 'gpt-4o'"),
-        ({"lora": {"modules": ["no_proj"]}}, "lora.modules"),
+        ({"lora": {"modules": ["q_proj", "kproj"]}}, "the decoder has no kproj"),
+        ({"samples": 1, "temperatures": [1.0]}, "gives no pairs"),
+        ({"processes": 2}, "processes: 2, but 1 run"),
         ({"data": {"train": {"features": "nowhere"}, "validation": {"features": "nowhere"}}}, "nowhere holds no"),
     ],
 )

@@ -10,12 +10,12 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -37,7 +37,7 @@ from kokanee.world.language import write
 from kokanee.world.questions import CAPTION_PROMPTS, ask
 from kokanee.world.scene import Split, sample_scene
 
-UNREADABLE = "unreadable.jsonl"
+UNREADABLE = "unreadable-{}.jsonl"
 GroundTruthCaption = Literal["annotated", "exact"]
 
 
@@ -102,6 +102,14 @@ class WorldData(BaseModel):
     seed: int = Field(0, description="the world's seed, as in the store")
     ground_truth: GroundTruthCaption = Field("annotated", description="whose caption the cross-entropy is of")
     bias: dict[str, float] = Field(default_factory=dict, description="of the annotators, see world/annotators.py")
+
+    @field_validator("bias")
+    @classmethod
+    def _known(cls, bias: dict[str, float]) -> dict[str, float]:
+        unknown = set(bias) - {field.name for field in fields(Bias)}
+        if unknown:
+            raise ValueError(f"bias has no {', '.join(sorted(unknown))}")
+        return bias
 
 
 class FileData(BaseModel):
@@ -213,24 +221,30 @@ class FileClips:
         return len(self.known)
 
     def identity(self) -> str:
-        return digest([(one.path.as_posix(), one.caption, one.truth) for one in self.known])
+        known = [(one.path.as_posix(), one.caption, one.truth) for one in self.known]
+        return digest([*known, sorted(self.asked.items())])
 
     def readable(self, numbers: Sequence[int], report: Callable[[int, int], None], share: tuple[int, int]) -> None:
-        missing = [number for number in numbers if not self.place(number).is_file()]
-        missing = [number for number in missing if number not in self.failed()][share[0] :: share[1]]
+        failed = self.failed()
+        mine = list(numbers)[share[0] :: share[1]]  # first: what others have written must not change whose turn it is
+        missing = [number for number in mine if number not in failed and not self.place(number).is_file()]
         for done, number in enumerate(missing, 1):
             try:
                 keep_view(self.place(number), self.watched(number))
             except KokaneeError as error:
-                append_jsonl(
-                    self.store / UNREADABLE,
-                    [{"clip": number, "file": place(self.known[number].truth), "reason": str(error)}],
-                )
+                record = {"clip": number, "file": place(self.known[number].truth), "reason": str(error)}
+                record["version_of_file"] = version_of(self.known[number].path)
+                append_jsonl(self.store / UNREADABLE.format(share[0]), [record])
             report(done, len(missing))
 
     def failed(self) -> dict[int, str]:
-        path = self.store / UNREADABLE
-        return {record["clip"]: record["reason"] for record in read_jsonl(path)} if path.is_file() else {}
+        """Those that could not be read, as long as their files are the same."""
+        files = sorted(self.store.glob(UNREADABLE.format("*")))
+        records = [record for path in files for record in read_jsonl(path)]
+        same = [
+            record for record in records if record["version_of_file"] == version_of(self.known[record["clip"]].path)
+        ]
+        return {record["clip"]: record["reason"] for record in same}
 
     def watched(self, number: int) -> View:
         one = self.known[number]
@@ -268,6 +282,11 @@ def watch(
         return View(Block("audio", n_audio_tokens=n_audio), media)
     t, h, w = sample["video_grid_thw"][0].tolist()
     return View(Block("video", (t, h, w), clip.step_s, n_audio), media)
+
+
+def version_of(path: Path) -> list[int] | None:
+    """Size and time of change of a file, None where there is none."""
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
 
 
 def keep_view(path: Path, view: View) -> None:

@@ -6,6 +6,7 @@ Several processes share the groups.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from accelerate.utils import gather_object
 
 from kokanee.captions import Decoding
 from kokanee.clips import Clips, Task, open_prompt
+from kokanee.errors import KokaneeError
 from kokanee.events import Counts, Verdict, rates, repetition_rate
 from kokanee.formats import append_jsonl, read_jsonl, write_jsonl
 from kokanee.generation import answers, text_of
@@ -65,6 +67,9 @@ class Team:
         Goes on where the file ends. A group of which only a part was written is made again, and what is missing added.
         """
         groups = [items[at : at + size] for at in range(0, len(items), size)]
+        if self.is_main and path.is_file() and b"\n" not in path.read_bytes():
+            path.unlink()  # a writer was killed in the middle of the first record
+        self.wait()
         done = len(read_jsonl(path)) if path.is_file() else 0
         self.wait()
         for first in range(done // size, len(groups), self.state.num_processes):
@@ -144,17 +149,33 @@ class Writer:
 
 
 def verdicts(
-    path: Path, judge: Judge, tasks: Sequence[Task], drafts: Sequence[dict[str, Any]], team: Team, report: Done
+    path: Path,
+    judge: Callable[[], Judge],
+    tasks: Sequence[Task],
+    drafts: Sequence[dict[str, Any]],
+    team: Team,
+    report: Done,
+    unjudged: float = 0.0,
 ) -> list[dict[str, Any]]:
     """A record of each task: what the judge counts in its captions (null where it could not be had), which events
-    these are, and the repetition of each caption (a share); also in `path`, written whole."""
+    these are, and the repetition of each caption (a share); also in `path`, written whole.
+
+    Raises `KokaneeError` where a larger share than `unjudged` has no verdict, and where drafts are of other tasks.
+    """
+    if [task.name for task in tasks] != [draft["clip"] for draft in drafts]:
+        raise KokaneeError(
+            f"{path.parent} holds captions of other clips: files, captions or events were changed meanwhile. "
+            "Put back what was there, or begin in another folder."
+        )
     if team.is_main and not path.is_file():
         items = [
             Item(Prediction(task.name, text, sample=sample, finished=finished), task.truth)
             for task, draft in zip(tasks, drafts, strict=True)
             for sample, (text, finished) in enumerate(zip(draft["captions"], draft["finished"], strict=True))
         ]
-        judged = iter(judge_all(items, judge, on_judged=lambda done: report(done, len(items))))
+        found = judge_all(items, judge(), on_judged=lambda done: report(done, len(items)))
+        check_judged(found, unjudged)
+        judged = iter(found)
         records = []
         for task, draft in zip(tasks, drafts, strict=True):
             found = [next(judged).judgements[0] for _ in draft["captions"]]
@@ -171,6 +192,17 @@ def verdicts(
         write_jsonl(path, records)
     team.wait()
     return read_jsonl(path)
+
+
+def check_judged(items: Sequence[Item], unjudged: float) -> None:
+    """Raise `KokaneeError` where a larger share than `unjudged` of the captions has no verdict."""
+    failures = Counter(failure for item in items for failure in item.failures if failure)
+    lost = failures.total()
+    if lost > unjudged * len(items):
+        raise KokaneeError(
+            f"{lost} of {len(items)} captions could not be judged. Most often: {failures.most_common(1)[0][0]} "
+            "Start again to ask for these alone, or allow for more with unjudged."
+        )
 
 
 def listed(verdict: Verdict) -> dict[str, Any]:

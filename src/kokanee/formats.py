@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import tempfile
@@ -15,6 +16,7 @@ from kokanee.errors import KokaneeError
 UTF8: Any = {"encoding": "utf-8", "errors": "surrogateescape"}
 """How text is stored: UTF-8, and names of files that are none byte by byte as they are."""
 
+LOCK = ".lock"
 UMASK = os.umask(0)
 os.umask(UMASK)
 READABLE = 0o666 & ~UMASK
@@ -155,6 +157,18 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
                 break
             raise KokaneeError(f"{path}, line {number} is not JSON ({error}). Mend or remove the line.") from error
     return records
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Nobody else works in the folder meanwhile. Raises `KokaneeError` where somebody does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise KokaneeError(f"Another process works in {folder}. Wait for it, or end it.") from None
+        yield
 
 
 def refuse_foreign(folder: Path, state: str) -> None:

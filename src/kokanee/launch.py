@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from kokanee.errors import KokaneeError
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+WATCHED_S = 1.0
 
 
 def is_worker() -> bool:
@@ -46,6 +48,13 @@ def launch(processes: int, command: Sequence[str]) -> int:
     return 0
 
 
+def end_with(launcher: int) -> None:
+    """End this process when its launcher is gone: nobody else would."""
+    while os.getppid() == launcher:
+        time.sleep(WATCHED_S)
+    os._exit(1)
+
+
 @contextmanager
 def as_worker() -> Iterator[None]:
     """The work of one of several processes; a launched one ends with the block.
@@ -54,6 +63,8 @@ def as_worker() -> Iterator[None]:
     to the launcher, which tells it once.
     """
     code = 0
+    if is_worker():
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     try:
         yield
     except KokaneeError as error:

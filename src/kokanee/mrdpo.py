@@ -12,6 +12,7 @@ not kept: they are made again from the base and the adapters.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import random
 import shutil
@@ -24,7 +25,7 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
 from kokanee.adapters import load_adapter, merge, wrapped
 from kokanee.captions import Decoding
@@ -34,8 +35,9 @@ from kokanee.defaults import Defaults, origin
 from kokanee.drafts import Team, Writer, candidates, device_of, figures, verdicts
 from kokanee.endpoint import Asker, Endpoint
 from kokanee.errors import KokaneeError
-from kokanee.formats import read_json, write_json, write_jsonl, write_text
+from kokanee.formats import alone_in, read_json, write_json, write_jsonl, write_text
 from kokanee.judges import LanguageModelJudge
+from kokanee.launch import is_main
 from kokanee.model import Kokanee
 from kokanee.mrdpo_report import run_page
 from kokanee.pairs import Pair, PairRules, dropped, picked
@@ -55,6 +57,8 @@ GREEDY, SAMPLED = "validation", "validation-sampled"
 TRAIN, TRAINING, ADAPTER, FIGURES = "train", "training.json", "adapter", "metrics.json"
 REPLIES, MEDIA, MODEL, REPORT = "replies.jsonl", "media", "model", "report.html"
 Progress = Callable[[str, int, int, dict[str, float]], None]
+FREE = ("judging", "unjudged", "rounds", "patience", "keep", "workers", "log_every", "save_every")
+"""Settings that a run may go on with changed: they change no round that is done."""
 FORBID = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -112,6 +116,7 @@ class MrdpoRecipe(Training):
     caption_batch: int = Field(8, ge=1, description="clips captioned together")
     judge: str = Field("exact", description="exact (clips of the world), or openai:MODEL")
     judging: Judging = Judging()
+    unjudged: float = Field(0.02, ge=0, le=1, description="largest share of captions that may stay without a verdict")
     pairs: PairRules = PairRules()
     loss: Loss = Field("gdpo", description="dpo: without the ground truth; ce: the ground truth alone")
     rates: tuple[PositiveFloat, ...] = Field(
@@ -128,6 +133,12 @@ class MrdpoRecipe(Training):
     patience: int | None = Field(None, ge=1, description="stop after so many rounds without a lower validation error")
     keep: Literal["last", "best"] = Field("last", description="whose weights are left; best: on validation, greedy")
     data: Data
+
+    @model_validator(mode="after")
+    def _check(self) -> MrdpoRecipe:
+        if self.autocast_bf16:
+            raise ValueError("autocast_bf16 would make references and policy differ; give dtype: bfloat16")
+        return self
 
     @property
     def n_held_out(self) -> int:
@@ -190,17 +201,27 @@ def run_mrdpo(recipe: MrdpoRecipe, folder: Path, report: Progress) -> list[dict[
     `report(what, done, total, figures)` tells how far each piece of work is. Raises `KokaneeError` where the folder
     holds a run with other settings, where clips, judge or pairs do not suffice, and where a loss is not finite.
     """
-    run = opened(recipe, folder, report)
+    with alone_in(folder) if is_main() else contextlib.nullcontext():
+        return rounds(opened(recipe, folder, report))
+
+
+def rounds(run: Run) -> list[dict[str, Any]]:
+    """What `run_mrdpo` does in its folder."""
+    recipe, folder = run.recipe, run.folder
     found = [first_figures(run)]
     while len(found) <= recipe.rounds and not is_over(found, recipe.patience):
         found.append(one_round(run, len(found)))
     kept = best(found) if recipe.keep == "best" else len(found) - 1
+    made = {"version": VERSION, "kept": kept, "rounds": found}
+    if (folder / MODEL).is_dir() and (folder / FIGURES).is_file() and read_json(folder / FIGURES) == made:
+        return found
     model = merge(run.adapted) if run.adapted is not None else run.model
     if kept < len(found) - 1:
         model = remade(run, kept)
     if run.team.is_main:
         Defaults.of(origin(recipe.model)).save(save(model.eval(), run.processor, folder / MODEL))
-        write_json(folder / FIGURES, {"version": VERSION, "kept": kept, "rounds": found})
+        write_json(folder / FIGURES, made)
+        write_text(folder / REPORT, run_page(folder))
     run.team.wait()
     return found
 
@@ -223,7 +244,7 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
 def opened(recipe: MrdpoRecipe, folder: Path, report: Progress) -> Run:
     """The run with its model and clips; the folder is the recipe's from now on."""
     state = PartialState(cpu=recipe.device == "cpu", timeout=datetime.timedelta(days=7))
-    judge_of(recipe, folder / REPLIES)  # a judge that cannot be is told before anything runs
+    check_recipe(recipe, state.num_processes)
     model, processor = load(recipe.model, dtype=recipe.dtype, device=device_of(state))
     question = Defaults.of(origin(recipe.model)).question
 
@@ -236,12 +257,40 @@ def opened(recipe: MrdpoRecipe, folder: Path, report: Progress) -> Run:
     start = {"weights": fingerprint(model), "processor": fingerprint_of(processor)}
     run = Run(recipe, folder, model.eval(), processor, clips, validation, Team(state), report)
     start |= {"train": clips.identity(), "validation": validation.identity()}
-    claim(folder, recipe, start, begun=(run.place(0).name,))
+    check_clips(run)
+    claim(folder, recipe, start, begun=(run.place(0).name, MEDIA), free=FREE)
     return run
 
 
-def judge_of(recipe: MrdpoRecipe, replies: Path) -> Judge:
-    """The judge that the recipe names. Raises `KokaneeError` where it names none."""
+def check_recipe(recipe: MrdpoRecipe, processes: int) -> None:
+    """Raise `KokaneeError` for what cannot work, before anything is sampled or paid for."""
+    judge_of(recipe, None)
+    if processes != recipe.processes:
+        raise KokaneeError(
+            f"The recipe is for processes: {recipe.processes}, but {processes} run. Start it with "
+            f"torchrun --nproc-per-node {recipe.processes}, or change the recipe."
+        )
+    if recipe.loss in WITH_PAIRS and recipe.samples * len(recipe.temperatures) < 2:
+        raise KokaneeError("samples: 1 at one temperature gives no pairs. Give 2 or more samples.")
+
+
+def check_clips(run: Run) -> None:
+    """Raise `KokaneeError` where clips, judge or adapter do not fit together."""
+    recipe = run.recipe
+    check_enough(min(recipe.clips, len(run.clips)), recipe)
+    world = all(isinstance(data, WorldData) for data in (recipe.data.train, recipe.data.validation))
+    if recipe.judge == "exact" and not world:
+        some = [clips.task(0, 0, "").truth for clips in (run.clips, run.validation)]
+        if any(truth.facts is None for truth in some):
+            raise KokaneeError("The exact judge knows clips of the world only. Give judge: openai:MODEL.")
+    names = {name.rpartition(".")[2] for name, _ in run.model.language_model.named_modules()}
+    unknown = [module for module in recipe.lora.modules if module not in names]
+    if unknown:
+        raise KokaneeError(f"lora.modules: the decoder has no {', '.join(unknown)}. Name parts such as q_proj.")
+
+
+def judge_of(recipe: MrdpoRecipe, replies: Path | None) -> Judge:
+    """The judge that the recipe names; its replies are kept in `replies`. Raises `KokaneeError` where it names none."""
     kind, _, name = recipe.judge.partition(":")
     if recipe.judge == "exact":
         return ExactJudge()
@@ -335,7 +384,9 @@ def learnt(run: Run, number: int) -> dict[str, Any]:
         )
         judged = run.timed(
             "judge",
-            lambda: verdicts(place / VERDICTS, run.judge(), tasks, drafts, run.team, told(run, "judge", number)),
+            lambda: verdicts(
+                place / VERDICTS, run.judge, tasks, drafts, run.team, told(run, "judge", number), recipe.unjudged
+            ),
         )
         lessons, made["pairs"] = pick(run, place / PAIRS, tasks, drafts, judged)
     if number < recipe.qa_from_round:
@@ -439,7 +490,6 @@ def trained(run: Run, number: int, lessons: Sequence[Lesson]) -> dict[str, float
     model: Any = run.adapted.get_base_model()
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        run.adapted.enable_input_require_grads()
     objective = Preferences(
         model,
         run.processor,
@@ -494,7 +544,7 @@ def references(run: Run, path: Path, objective: Preferences, number: int) -> lis
         found = objective.references(lessons)
         return [{"lesson": lesson, "log_probs": row.tolist()} for lesson, row in zip(lessons, found, strict=True)]
 
-    order = sorted(range(total), key=objective.length)
+    order = sorted(range(total), key=objective.lengths.__getitem__)
     records = run.team.share_into(path, order, run.recipe.batch_size, work, told(run, "reference", number))
     table = {record["lesson"]: torch.tensor(record["log_probs"]) for record in records}
     return [table[lesson] for lesson in range(total)]
@@ -520,10 +570,12 @@ def evaluated(run: Run, number: int) -> dict[str, Any]:
         decoding = Decoding(temperature, 1.0, recipe.seed, recipe.max_new_tokens)
         report = told(run, f"check, {name}", number)
         drafts = run.writer.captions(place / f"{file}.jsonl", run.validation, tasks, [decoding], 1, report)
-        judged = verdicts(place / f"{file}-verdicts.jsonl", run.judge(), tasks, drafts, run.team, report)
+        path = place / f"{file}-verdicts.jsonl"
+        judged = verdicts(path, run.judge, tasks, drafts, run.team, report, recipe.unjudged)
         rows = [candidates(*row) for row in zip(drafts, judged, strict=True)]
         made[name] = figures([one for row in rows for one in row])
-        if name == "sampled" and run.adapted is not None:
+        # Without a proxy the model without its adapter is that of the first round, whatever the round.
+        if name == "sampled" and run.adapted is not None and (recipe.proxy or number == 1):
             made["kl"] = divergence(run, tasks, [draft["captions"][0] for draft in drafts])
     made["qa"] = run.writer.right_answers(run.validation, tasks)
     return made

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from kokanee.clips import Clips
-from kokanee.conversations import shared_length
+from kokanee.conversations import digest, shared_length
 from kokanee.losses import answer_log_probs, dpo
 from kokanee.model import EMBED_INPUTS, Kokanee
 from kokanee.prefix import Sample, collate_packed, pack, packed_log_probs
@@ -78,8 +78,9 @@ class Preferences(Objective):
         self.model, self.processor, self.clips, self.lessons = model, processor, clips, lessons
         self.weights, self.held_out, self.seed = weights, held_out, seed
         self.reference = reference
-        longest = max((clips.n_tokens(lesson.number) for lesson in lessons), default=0)
-        self.packed = lru_cache(KEPT_TOKENS // (longest + ANSWERS_TOKENS))(self.pack)
+        self.lengths = [clips.n_tokens(lesson.number) for lesson in lessons]
+        self.packed = lru_cache(KEPT_TOKENS // (max(self.lengths, default=0) + ANSWERS_TOKENS))(self.pack)
+        self.order = lru_cache(2)(self.ordered)
 
     def train(self, mode: bool = True) -> Preferences:
         """As usual, but what sees and hears is frozen and so never has dropout."""
@@ -87,6 +88,9 @@ class Preferences(Objective):
         self.model.visual.eval()
         self.model.audio.eval()
         return self
+
+    def samples(self) -> dict[str, str]:
+        return {"lessons": digest(self.lessons)}
 
     def name_of(self, sample: int) -> str:
         return self.lessons[sample].name
@@ -108,22 +112,19 @@ class Preferences(Objective):
             chosen = self.order(number // per_epoch, size)[number % per_epoch]
         return self.collate(chosen)
 
-    def order(self, epoch: int, size: int) -> list[list[int]]:
+    def ordered(self, epoch: int, size: int) -> list[list[int]]:
         """The batches of an epoch: lessons in random order, those of like length together."""
         rng = random.Random(f"{self.seed}/lessons/{epoch}")
         numbers = list(range(self.held_out, len(self.lessons)))
         rng.shuffle(numbers)
         made = []
         for start in range(0, len(numbers), WINDOW * size):
-            window = sorted(numbers[start : start + WINDOW * size], key=self.length)
+            window = sorted(numbers[start : start + WINDOW * size], key=self.lengths.__getitem__)
             batches = [window[at : at + size] for at in range(0, len(window), size)]
             rng.shuffle(batches)
             made += batches
         whole = [batch for batch in made if len(batch) == size]
         return whole or [(numbers * size)[:size]]
-
-    def length(self, number: int) -> int:
-        return self.clips.n_tokens(self.lessons[number].number)
 
     def pack(self, number: int) -> Sample:
         """The packed answers of one lesson."""

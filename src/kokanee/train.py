@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from pydantic_core import to_jsonable_python
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -154,19 +155,32 @@ def claim(
     recipe: Training,
     start: dict[str, str] | None = None,
     begun: Sequence[str] = (METRICS, CHECKPOINT),
+    free: Sequence[str] = (),
 ) -> None:
     """Make the folder this recipe's with this start, or raise `KokaneeError` where it holds other files or another run,
-    with what differs. A run in which none of `begun` is there yet may be replaced."""
+    with what differs. A run in which none of `begun` is there yet may be replaced; settings named in `free` may change.
+    A setting that the run was begun without had its default.
+    """
     settings = {"recipe": json.loads(recipe.model_dump_json()), "start": start or {}}
     known = folder / STATE
     refuse_foreign(folder, STATE)
     if known.is_file():
         before = json.loads(known.read_text(encoding="utf-8"))
-        differing = differences(before["recipe"], settings["recipe"])
+        fields = type(recipe).model_fields
+        defaults = {
+            name: to_jsonable_python(field.get_default(call_default_factory=True))
+            for name, field in fields.items()
+            if not field.is_required()
+        }
+        compared = [
+            {name: value for name, value in recipe_of.items() if name not in free}
+            for recipe_of in ({**defaults, **before["recipe"]}, settings["recipe"])
+        ]
+        differing = differences(*compared)
         differing += differences(before.get("start", {}), settings["start"])
-        if not differing:
+        if not differing and before == settings:
             return
-        if any((folder / name).exists() for name in begun):
+        if differing and any((folder / name).exists() for name in begun):
             raise KokaneeError(
                 f"{folder} holds a run with other settings or another start ({'; '.join(differing)}). "
                 "Continue with the old ones, or choose another folder."
