@@ -6,7 +6,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from kokanee.mrdpo import MrdpoRecipe, run_mrdpo
+from kokanee.mrdpo import run_mrdpo
+from kokanee.mrdpo_recipe import MrdpoRecipe
 
 SMALL: dict[str, Any] = {
     "stage": "mrdpo",

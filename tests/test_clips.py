@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from kokanee.clips import FileClips, FileData, WorldClips, WorldData, open_prompt, read_view, watch
 from kokanee.errors import KokaneeError
 from kokanee.formats import read_jsonl
-from kokanee.mrdpo import MrdpoRecipe
+from kokanee.mrdpo_recipe import MrdpoRecipe
 from kokanee.prompt import Turn
 from kokanee.protocol import LISTS
 from kokanee.world.language import parse

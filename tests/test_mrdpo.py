@@ -19,7 +19,8 @@ from kokanee.clips import WorldClips, WorldData
 from kokanee.drafts import Team, Writer
 from kokanee.errors import KokaneeError
 from kokanee.formats import alone_in, read_json, read_jsonl, write_json
-from kokanee.mrdpo import MrdpoRecipe, best, is_over, run_mrdpo
+from kokanee.mrdpo import best, is_over, run_mrdpo
+from kokanee.mrdpo_recipe import MrdpoRecipe
 from kokanee.pairs import read_pairs
 from mrdpo_runs import run, small_recipe, weights
 

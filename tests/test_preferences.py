@@ -11,7 +11,8 @@ import torch
 
 from kokanee.clips import WorldClips, WorldData
 from kokanee.errors import KokaneeError
-from kokanee.mrdpo import Lora, adapted
+from kokanee.mrdpo import adapted
+from kokanee.mrdpo_recipe import Lora
 from kokanee.preferences import Lesson, Preferences, Weights
 from kokanee.prefix import branch_attention_in
 from kokanee.prompt import IGNORED, Turn

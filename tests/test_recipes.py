@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from kokanee.config import KokaneeConfig
 from kokanee.conversations import Mix
 from kokanee.errors import KokaneeError
-from kokanee.mrdpo import MrdpoRecipe
+from kokanee.mrdpo_recipe import MrdpoRecipe
 from kokanee.processor import ProcessorConfig
 from kokanee.recipes import Recipe, checked, read_recipe, read_yaml
 from kokanee.stages import Sizes

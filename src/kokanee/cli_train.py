@@ -105,7 +105,8 @@ def train_rounds(path: Path, settings: dict[str, Any], out: Path, command: Seque
     processes = settings.get("processes", 1)
     if isinstance(processes, int) and processes > 1 and not is_worker():
         raise typer.Exit(launch(processes, command))
-    from kokanee.mrdpo import MrdpoRecipe, run_mrdpo, table
+    from kokanee.mrdpo import run_mrdpo, table
+    from kokanee.mrdpo_recipe import MrdpoRecipe
 
     with as_worker():
         with rounds_progress() as report:
