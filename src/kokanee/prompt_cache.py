@@ -30,9 +30,8 @@ class PromptCache:
         self.n_samples = n_samples
         self.bias_B11P: torch.Tensor | None = None
         if not bool(mask_BP.all()):
-            keys = self.prompts[0][0]
-            hidden_BP = mask_BP.to(keys.device) == 0
-            self.bias_B11P = keys.new_zeros(mask_BP.shape).masked_fill(hidden_BP, -torch.inf)[:, None, None]
+            bias_BP = torch.zeros(mask_BP.shape, device=mask_BP.device).masked_fill(mask_BP == 0, -torch.inf)
+            self.bias_B11P = bias_BP[:, None, None]
         self.said: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.length = 0
 
