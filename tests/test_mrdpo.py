@@ -209,7 +209,7 @@ def test_patience_counts_rounds_since_the_best():
 
 
 def test_too_few_pairs_are_told_with_what_helps(recipe, tmp_path):
-    with pytest.raises(KokaneeError, match=r"pairs of \d clips, but one step and its check take 18.*min_gap"):
+    with pytest.raises(KokaneeError, match=r"learns from 6 clips here, but one step and its check take 18.*min_gap"):
         run(recipe(batch_size=6), tmp_path / "run")
     assert not (tmp_path / "run" / "round-00").exists()
 

@@ -251,3 +251,12 @@ def test_another_folder_is_refused_with_reason_and_remedy(tmp_path):
     write_json(tmp_path / "state.json", {"version": 1})
     with pytest.raises(KokaneeError, match="Give the folder"):
         run_page(tmp_path)
+
+
+def test_a_run_that_ran_out_of_patience_is_not_called_unfinished(tmp_path):
+    """Round 1 of 3 is the best, and round 2 the last that is done."""
+    folder = make_run(tmp_path, finished=2)
+    for patience, stopped in ((1, True), (2, False)):
+        write_json(folder / "state.json", {"recipe": {**RECIPE, "loss": "gdpo", "patience": patience}, "start": {}})
+        page = run_page(folder)
+        assert ("Stopped early" in page) == stopped and ("Not finished" in page) != stopped

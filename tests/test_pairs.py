@@ -104,3 +104,9 @@ def test_what_is_no_pair_is_told_with_its_place(tmp_path, item, reason):
     append_jsonl(tmp_path / "pairs.jsonl", [{"version": 1, "file": "a.mp4"}])
     with pytest.raises(KokaneeError, match="line 1 is no preference pair"):
         read_pairs(tmp_path / "pairs.jsonl")
+
+
+def test_an_empty_file_holds_no_pairs_and_is_told(tmp_path):
+    (tmp_path / "pairs.jsonl").touch()
+    with pytest.raises(KokaneeError, match="is empty"):
+        read_pairs(tmp_path / "pairs.jsonl")

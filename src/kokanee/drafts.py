@@ -201,7 +201,8 @@ def check_judged(items: Sequence[Item], unjudged: float) -> None:
     if lost > unjudged * len(items):
         raise KokaneeError(
             f"{lost} of {len(items)} captions could not be judged. Most often: {failures.most_common(1)[0][0]} "
-            "Start again to ask for these alone, or allow for more with unjudged."
+            "Where the server gave no reply, starting again asks for these alone; replies that cannot be read are "
+            "kept: allow for more with unjudged, or choose another judge in another folder."
         )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from kokanee.errors import KokaneeError
 
@@ -163,12 +164,15 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def alone_in(folder: Path) -> Iterator[None]:
     """Nobody else works in the folder meanwhile. Raises `KokaneeError` where somebody does."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise KokaneeError(f"Another process works in {folder}. Wait for it, or end it.") from None
+    lock = FileLock(folder / LOCK)  # the system lets go of it when the process ends, however it ends
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise KokaneeError(f"Another process works in {folder}. Wait for it, or end it.") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def refuse_foreign(folder: Path, state: str) -> None:

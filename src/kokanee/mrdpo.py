@@ -324,7 +324,7 @@ def tasks_for(
     if isinstance(data, FileData) and len(lost) > data.unreadable * len(numbers):
         raise KokaneeError(
             f"{len(lost)} of {len(numbers)} files cannot be read, such as: {failed[lost[0]]} "
-            "Mend or remove these files, or allow for more with data.train.unreadable."
+            "Mend these files and start again, or begin in another folder, without them or with a higher unreadable."
         )
     left = sorted((number for number in numbers if number not in failed), key=lambda n: (clips.n_tokens(n), n))
     return [clips.task(number, n_questions, key) for number in left]
@@ -371,9 +371,9 @@ def check_enough(n_lessons: int, recipe: MrdpoRecipe) -> None:
     wanted = recipe.n_held_out + recipe.batch_size * recipe.processes * recipe.accumulate
     if n_lessons < wanted:
         raise KokaneeError(
-            f"This round has pairs of {n_lessons} clips, but one step and its check take {wanted} "
-            f"({recipe.n_held_out} to check by). Sample more clips (clips), more captions (samples), lower "
-            "pairs.min_gap, or make batches smaller."
+            f"A round learns from {n_lessons} clips here, but one step and its check take {wanted} "
+            f"({recipe.n_held_out} to check by). Begin in another folder with more clips, more samples, a lower "
+            "pairs.min_gap or smaller batches."
         )
 
 
@@ -469,7 +469,8 @@ def evaluated(run: Run, number: int) -> dict[str, Any]:
         path = place / f"{file}-verdicts.jsonl"
         judged = verdicts(path, run.judge, tasks, drafts, run.team, report, recipe.unjudged)
         rows = [candidates(*row) for row in zip(drafts, judged, strict=True)]
-        made[name] = figures([one for row in rows for one in row])
+        judged_ones = [one for row in rows for one in row]
+        made[name] = {**figures(judged_ones), "unjudged": len(drafts) - len(judged_ones)}
         # Without a proxy the model without its adapter is that of the first round, whatever the round.
         if name == "sampled" and run.adapted is not None and (recipe.proxy or number == 1):
             made["kl"] = divergence(run, tasks, [draft["captions"][0] for draft in drafts])

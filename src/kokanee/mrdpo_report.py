@@ -188,7 +188,10 @@ def outcome(recipe: Mapping[str, Any], rounds: Sequence[Round]) -> list[str]:
             sentences.append("No round's greedy captions are better than those of the start.")
         elif best is not last:
             sentences.append(f"It was lowest after round {best.number}, on these same clips: {went(first, best)}.")
-    if last.number < recipe["rounds"]:
+    patience = recipe.get("patience")
+    if patience and last.number - best.number >= patience:
+        sentences.append(f"Stopped early: {patience} rounds brought no lower error.")
+    elif last.number < recipe["rounds"]:
         reached = [
             f"; round {one.number} has reached step {one.steps[-1]['step']} of {recipe['steps']}"
             for one in rounds

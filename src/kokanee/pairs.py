@@ -120,6 +120,8 @@ def read_pairs(path: Path) -> list[Pair]:
     """
     if not path.is_file():
         raise KokaneeError(f"{path} is not there. Give a file of preference pairs.")
+    if not path.stat().st_size:
+        raise KokaneeError(f"{path} is empty. Give a file of preference pairs.")
     if path.suffix != ".json":
         return [of_record(record, f"{path}, line {number}") for number, record in enumerate(read_jsonl(path), 1)]
     try:

@@ -18,7 +18,7 @@ import torch
 
 from kokanee.clips import Clips
 from kokanee.conversations import digest, shared_length
-from kokanee.losses import answer_log_probs, dpo
+from kokanee.losses import answer_log_probs, dpo, gdpo
 from kokanee.model import EMBED_INPUTS, Kokanee
 from kokanee.prefix import Sample, collate_packed, pack, packed_log_probs
 from kokanee.processor import Processor
@@ -170,21 +170,23 @@ class Preferences(Objective):
     def forward(self, batch: Batch) -> tuple[torch.Tensor, Stats]:
         """The loss, and its parts: DPO with rewards, margin and accuracy; cross-entropies of a token."""
         sums_BA, log_probs_N, kinds_N = self.log_probs(batch)
-        loss, weights = sums_BA.new_zeros(()), self.weights
+        weights = self.weights
         stats: Stats = {}
-        if weights.loss in WITH_PAIRS:
+        truth_N, answers_N = log_probs_N[kinds_N == GROUND_TRUTH], log_probs_N[kinds_N == ANSWER]
+        if weights.loss == "ce":
+            loss = -weights.gt_weight * truth_N.mean()
+        else:
             preference = dpo(self.of_pairs(sums_BA, batch["pairs"]), batch["reference"], weights.beta)
-            loss = loss + preference.loss_P.mean()
+            loss = preference.loss_P.mean()
+            if weights.loss == "gdpo":
+                loss = gdpo(preference, truth_N, weights.gt_weight)
             stats["dpo"] = preference.loss_P.detach().mean()
             stats["margin"], stats["accuracy"] = map(torch.tensor, (preference.margin, preference.accuracy))
             stats["chosen"], stats["rejected"] = preference.rewards_P2.mean(0)
-        for name, kind, weight in (
-            ("ground_truth", GROUND_TRUTH, weights.gt_weight),
-            ("qa", ANSWER, weights.qa_weight),
-        ):
-            if bool((kinds_N == kind).any()):
-                entropy = -log_probs_N[kinds_N == kind].mean()
-                loss, stats[name] = loss + weight * entropy, entropy.detach()
+        if len(truth_N):
+            stats["ground_truth"] = -truth_N.detach().mean()
+        if len(answers_N):
+            loss, stats["qa"] = loss - weights.qa_weight * answers_N.mean(), -answers_N.detach().mean()
         return loss, stats
 
     def of_pairs(self, sums_BA: torch.Tensor, pairs_B: torch.Tensor) -> torch.Tensor:
