@@ -92,7 +92,7 @@ def make_model(size: Size, device: str) -> Kokanee:
         model = Kokanee._from_config(config_of(size), dtype=size.dtype)
     model.eval().requires_grad_(False)
     if size.checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         model.language_model.train()  # elsewhere nothing is kept
     return model
 

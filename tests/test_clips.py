@@ -131,10 +131,34 @@ def test_questions_prompts_and_captions_are_those_of_the_files(tiny, data, tmp_p
     assert [event.text for event in first.truth.events] == ["Something moves.", "It sounds."]
 
 
-def test_captions_without_events_are_told(tiny, data, tmp_path):
-    found = data("first.mp4")
-    write(tmp_path / "events.jsonl", told(["other.mp4"])[1])
-    with pytest.raises(KokaneeError, match=r"No caption of .* has events"):
+def test_a_question_finds_its_file_by_any_path_and_others_are_left_alone(tiny, data, tmp_path):
+    asked = [{"file": f"/videos/{file}", "question": "Who?", "answer": "me"} for file in ("second.mp4", "other.mp4")]
+    found = data("first.mp4", "second.mp4", questions=write(tmp_path / "q.jsonl", asked))
+    clips = FileClips(*tiny, found, tmp_path / "store", "What happens?")
+    assert [clips.task(number, 1, "key").questions for number in (0, 1)] == [(), (("Who?", "me"),)]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ({"file": "first.mp4", "question": "Who?"}, "line 1 is no question"),
+        ({"file": "first.mp4", "question": "Who?", "answer": 3}, "line 1 is no question"),
+        ({"file": "other.mp4", "question": "Who?", "answer": "me"}, "No question of .* is about a file"),
+    ],
+)
+def test_questions_that_cannot_be_used_are_told(tiny, data, tmp_path, line, told):
+    found = data("first.mp4", questions=write(tmp_path / "q.jsonl", [line]))
+    with pytest.raises(KokaneeError, match=told):
+        FileClips(*tiny, found, tmp_path / "store", "What happens?")
+
+
+@pytest.mark.parametrize(
+    "events", [told(["second.mp4"])[1], [*told(["second.mp4"])[1], {"version": 1, "file": "first.mp4", "events": []}]]
+)
+def test_captions_without_events_are_told(tiny, data, tmp_path, events):
+    found = data("first.mp4", "second.mp4")
+    write(tmp_path / "events.jsonl", events)
+    with pytest.raises(KokaneeError, match=r"1 of 2 captions of .* no events in .*, such as first.mp4"):
         FileClips(*tiny, found, tmp_path / "store", "What happens?")
 
 
@@ -167,8 +191,22 @@ def test_rounds_run_on_files_with_a_language_model_as_judge(tiny_checkpoint, dat
     assert read_view(tmp_path / "run" / "media" / "train" / "clip-000000.safetensors").block.kind == "video"
 
 
+def test_media_are_given_up_after_their_round_where_that_is_asked_for(tiny_checkpoint, data, tmp_path):
+    found = data("first.mp4", "second.mp4", "silent.mp4", "sound.wav")
+    with serving(judged) as (_, url):
+        recipe = recipe_of(found, tiny_checkpoint, url)
+        kept = run(recipe, tmp_path / "kept")
+        given_up = run(recipe.model_copy(update={"keep_media": False}), tmp_path / "given up")
+    assert (tmp_path / "given up" / "model" / "model.safetensors").read_bytes() == (
+        tmp_path / "kept" / "model" / "model.safetensors"
+    ).read_bytes()
+    assert kept[1]["greedy"] == given_up[1]["greedy"]
+    assert not list((tmp_path / "given up" / "media" / "train").glob("*.safetensors"))
+    assert len(list((tmp_path / "given up" / "media" / "validation").glob("*.safetensors"))) == 2
+
+
 def test_too_many_unreadable_files_stop_the_run(tiny_checkpoint, data, tmp_path):
     found = data("first.mp4", "second.mp4", "gone.mp4")
     told = r"1 of 3 files cannot be read, such as: .*gone.mp4.*unreadable"
     with serving(judged) as (_, url), pytest.raises(KokaneeError, match=told):
-        run(recipe_of(found, tiny_checkpoint, url), tmp_path / "run")
+        run(recipe_of(found, tiny_checkpoint, url).model_copy(update={"clips": 3}), tmp_path / "run")

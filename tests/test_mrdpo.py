@@ -13,6 +13,7 @@ from accelerate import PartialState
 from pydantic import ValidationError
 
 from kill_mrdpo import kill_often
+from kokanee import mrdpo
 from kokanee.adapters import load_adapter, merge
 from kokanee.checkpoints import load
 from kokanee.clips import WorldClips, WorldData
@@ -198,6 +199,21 @@ def test_every_round_has_its_share_of_the_learning_rate(recipe):
     assert [shares.rate_of(number) for number in (1, 2, 3, 9)] == [0.01, 0.005, 0.005, 0.005]
 
 
+def test_a_run_in_bfloat16_that_recomputes_activations_learns_without_complaints(recipe, tmp_path, recwarn):
+    found = run(recipe(dtype="bfloat16", gradient_checkpointing=True, rounds=1), tmp_path / "run")
+    assert math.isfinite(found[1]["greedy"]["total"]) and found[1]["kl"] is not None
+    first = read_jsonl(tmp_path / "run" / "round-01" / "train" / "metrics.jsonl")[0]
+    assert first["dpo"] == pytest.approx(math.log(2), abs=1e-3)
+    model, _ = load(tmp_path / "run" / "model")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not [str(warning.message) for warning in recwarn if "checkpoint" in str(warning.message)]
+
+
+def test_a_run_ends_when_patience_does(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(mrdpo, "is_over", lambda found, patience: patience == 1 and len(found) == 2)
+    assert len(run(recipe(patience=1), tmp_path / "run")) == 2
+
+
 def errors(*totals: float) -> list[dict[str, Any]]:
     return [{"greedy": {"total": total}} for total in totals]
 
@@ -225,6 +241,7 @@ def test_references_and_policy_are_computed_alike(recipe):
         ({"judge": "gpt-4o"}, "no judge 'gpt-4o'"),
         ({"lora": {"modules": ["q_proj", "kproj"]}}, "the decoder has no kproj"),
         ({"samples": 1, "temperatures": [1.0]}, "gives no pairs"),
+        ({"clips": 7}, "clips: 7 in a round, but there are 6"),
         ({"processes": 2}, "processes: 2, but 1 run"),
         ({"data": {"train": {"features": "nowhere"}, "validation": {"features": "nowhere"}}}, "nowhere holds no"),
     ],

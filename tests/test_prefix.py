@@ -203,7 +203,7 @@ def test_one_packed_pass_gives_the_log_probabilities_and_gradients_of_separate_o
     both = {name: torch.cat([embeds, embeds]) for name, embeds in media.items()}
     if checkpointing:
         model.train()
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     with branch_attention_in(model):
         log_probs, rows, branches = packed_log_probs(model, batch, **both)
         weights = torch.linspace(-1, 1, len(log_probs))

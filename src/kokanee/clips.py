@@ -27,7 +27,7 @@ from kokanee.formats import append_jsonl, read_jsonl, replaced_file
 from kokanee.ground_truth import Truth, place, read_ground_truth
 from kokanee.layout import Block
 from kokanee.model import Kokanee
-from kokanee.predictions import read_predictions
+from kokanee.predictions import FileNames, read_predictions
 from kokanee.prefix import Sample
 from kokanee.processor import Processor
 from kokanee.prompt import Turn
@@ -83,6 +83,10 @@ class Clips(Protocol):
 
     def failed(self) -> dict[int, str]:
         """Clips that could not be read, and why."""
+        ...
+
+    def forget(self, numbers: Sequence[int]) -> None:
+        """Give back the room that encoded clips take; they are encoded again when they are wanted again."""
         ...
 
     def n_tokens(self, number: int) -> int: ...
@@ -147,6 +151,10 @@ class WorldClips:
     def failed(self) -> dict[int, str]:
         return {}
 
+    def forget(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self.heard.pop(number, None)
+
     def n_tokens(self, number: int) -> int:
         clip = self.features[number]
         return len(clip.video_ND) + self.n_audio_tokens(clip)
@@ -186,8 +194,9 @@ class WorldClips:
 
 @dataclass(frozen=True)
 class Known:
-    """A file, or an interval of it, with somebody's caption and its events."""
+    """A file, or an interval of it, with somebody's caption and its events. `file`: its name as the caption has it."""
 
+    file: str
     path: Path
     caption: str
     truth: Truth
@@ -203,19 +212,17 @@ class FileClips:
         truths = read_ground_truth(Path(data.events))
         told = [said for said in read_predictions(Path(data.captions)) if said.text and not said.sample]
         found = [(said, truths.of(said)) for said in told]
-        self.known = [
-            Known(Path(data.videos) / said.file, said.text, truth)
-            for said, truth in found
-            if truth is not None and truth.events
-        ]
-        if not self.known:
+        lacking = [place(said) for said, truth in found if truth is None or not truth.events]
+        if lacking or not found:
             raise KokaneeError(
-                f"No caption of {data.captions} is of a file that has events in {data.events}. Check that both are of "
-                "the same files."
+                f"{len(lacking)} of {len(found)} captions of {data.captions} are of something that has no events in "
+                f"{data.events}{', such as ' * bool(lacking)}{', '.join(lacking[:3])}. Make events of all captions "
+                "(kokanee events), or remove these captions."
             )
-        self.asked: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
-        for record in read_jsonl(Path(data.questions)) if data.questions else ():
-            self.asked[record["file"]].append((record["question"], record["answer"]))
+        self.known = [
+            Known(said.file, Path(data.videos) / said.file, said.text, truth) for said, truth in found if truth
+        ]
+        self.asked = questions_of(Path(data.questions), [said.file for said in told]) if data.questions else {}
 
     def __len__(self) -> int:
         return len(self.known)
@@ -246,6 +253,10 @@ class FileClips:
         ]
         return {record["clip"]: record["reason"] for record in same}
 
+    def forget(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self.place(number).unlink(missing_ok=True)
+
     def watched(self, number: int) -> View:
         one = self.known[number]
         return watch(self.model, self.processor, one.path, one.truth.start_s, one.truth.end_s)
@@ -263,9 +274,31 @@ class FileClips:
     def task(self, number: int, n_questions: int, key: str) -> Task:
         one = self.known[number]
         rng = random.Random(f"{key}/{number}")
-        asked = self.asked[one.truth.file]
+        asked = self.asked.get(one.file, [])
         questions = tuple(rng.sample(asked, min(n_questions, len(asked))))
         return Task(number, place(one.truth), rng.choice(self.prompts), one.caption, one.truth, questions)
+
+
+def questions_of(path: Path, files: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    """The questions about each of these files, with their answers.
+
+    Raises `KokaneeError` for a line that is no question, and where no question is about any of the files.
+    """
+    names = FileNames(files)
+    found: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
+    for number, record in enumerate(read_jsonl(path), 1):
+        values = [record.get(key) for key in ("file", "question", "answer")] if isinstance(record, dict) else [None]
+        if not all(isinstance(value, str) and value for value in values):
+            raise KokaneeError(
+                f'{path}, line {number} is no question. Give {{"file", "question", "answer"}}, all of them texts.'
+            )
+        file, question, answer = values
+        same = names.same(file)
+        if same is not None:
+            found[same].append((question, answer))
+    if not found:
+        raise KokaneeError(f"No question of {path} is about a file that has a caption. Check the files' names.")
+    return dict(found)
 
 
 @torch.no_grad()

@@ -141,7 +141,10 @@ def opened(recipe: MrdpoRecipe, folder: Path, report: Progress) -> Run:
     """The run with its model and clips; the folder is the recipe's from now on."""
     state = PartialState(cpu=recipe.device == "cpu", timeout=datetime.timedelta(days=7))
     check_recipe(recipe, state.num_processes)
-    model, processor = load(recipe.model, dtype=recipe.dtype, device=device_of(state))
+    sources = (recipe.data.train, recipe.data.validation)
+    # Features of the world are known by the weights that made them, which are those in float32.
+    precise = any(isinstance(data, WorldData) for data in sources)
+    model, processor = load(recipe.model, dtype="float32" if precise else recipe.dtype, device=device_of(state))
     question = Defaults.of(origin(recipe.model)).question
 
     def clips_of(data: WorldData | FileData, split: Split) -> Clips:
@@ -149,7 +152,8 @@ def opened(recipe: MrdpoRecipe, folder: Path, report: Progress) -> Run:
             return WorldClips(model, processor, data, split)
         return FileClips(model, processor, data, folder / MEDIA / split, question)
 
-    clips, validation = clips_of(recipe.data.train, "train"), clips_of(recipe.data.validation, "validation")
+    clips, validation = clips_of(sources[0], "train"), clips_of(sources[1], "validation")
+    model.to(getattr(torch, recipe.dtype))
     start = {"weights": fingerprint(model), "processor": fingerprint_of(processor)}
     run = Run(recipe, folder, model.eval(), processor, clips, validation, Team(state), report)
     start |= {"train": clips.identity(), "validation": validation.identity()}
@@ -173,9 +177,12 @@ def check_recipe(recipe: MrdpoRecipe, processes: int) -> None:
 def check_clips(run: Run) -> None:
     """Raise `KokaneeError` where clips, judge or adapter do not fit together."""
     recipe = run.recipe
-    check_enough(min(recipe.clips, len(run.clips)), recipe)
-    world = all(isinstance(data, WorldData) for data in (recipe.data.train, recipe.data.validation))
-    if recipe.judge == "exact" and not world:
+    if recipe.clips > len(run.clips):
+        raise KokaneeError(
+            f"clips: {recipe.clips} in a round, but there are {len(run.clips)}. Lower it, or give more clips."
+        )
+    check_enough(recipe.clips, recipe)
+    if recipe.judge == "exact":
         some = [clips.task(0, 0, "").truth for clips in (run.clips, run.validation)]
         if any(truth.facts is None for truth in some):
             raise KokaneeError("The exact judge knows clips of the world only. Give judge: openai:MODEL.")
@@ -238,6 +245,8 @@ def one_round(run: Run, number: int) -> dict[str, Any]:
             write_json(place / TRAINING, {**made, "seconds": run.seconds})
             keep_adapter(run.adapted, place)
         run.team.wait()
+    if run.team.is_main and not recipe.keep_media:
+        run.clips.forget(numbers_of(run, number))
     if not (place / FIGURES).is_file():
         made = read_json(place / TRAINING)
         run.seconds = made.pop("seconds")
@@ -298,13 +307,18 @@ def told(run: Run, what: str, number: int) -> Callable[[int, int], None]:
     return lambda done, total: run.report(f"round {number}, {what}", done, total, {})
 
 
-def tasks_of(run: Run, number: int) -> list[Task]:
-    """The clips of a round that can be read, in groups of like length. All clips come before any comes again."""
+def numbers_of(run: Run, number: int) -> list[int]:
+    """The clips of a round. All clips come before any comes again."""
     recipe, order = run.recipe, list(range(len(run.clips)))
     random.Random(f"{recipe.seed}/clips").shuffle(order)
     first = (number - 1) * recipe.clips
-    chosen = [order[(first + place) % len(order)] for place in range(min(recipe.clips, len(order)))]
-    return tasks_for(run, run.clips, recipe.data.train, chosen, recipe.questions, f"{recipe.seed}/{number}")
+    return [order[(first + place) % len(order)] for place in range(recipe.clips)]
+
+
+def tasks_of(run: Run, number: int) -> list[Task]:
+    """The clips of a round that can be read, in groups of like length."""
+    recipe, key = run.recipe, f"{run.recipe.seed}/{number}"
+    return tasks_for(run, run.clips, recipe.data.train, numbers_of(run, number), recipe.questions, key)
 
 
 def tasks_for(
@@ -385,7 +399,7 @@ def trained(run: Run, number: int, lessons: Sequence[Lesson]) -> dict[str, float
         run.adapted = adapted(run.model, recipe.lora)
     model: Any = run.adapted.get_base_model()
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     objective = Preferences(
         model,
         run.processor,
@@ -413,7 +427,7 @@ def trained(run: Run, number: int, lessons: Sequence[Lesson]) -> dict[str, float
         )
     model.eval()
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
     return found
 
 

@@ -12,7 +12,7 @@ from kokanee.pairs import PairRules
 from kokanee.preferences import Loss
 from kokanee.recipes import Training
 
-FREE = ("judging", "unjudged", "rounds", "patience", "keep", "workers", "log_every", "save_every")
+FREE = ("judging", "unjudged", "rounds", "patience", "keep", "keep_media", "workers", "log_every", "save_every")
 """Settings that a run may go on with changed: they change no round that is done."""
 FORBID = ConfigDict(frozen=True, extra="forbid")
 
@@ -79,12 +79,15 @@ class MrdpoRecipe(Training):
     )
     beta: float = Field(0.1, gt=0)
     gt_weight: float = Field(0.1, ge=0, description="of the ground truth's cross-entropy, lambda in the paper")
+    keep_media: bool = Field(
+        True, description="false: what encoders made of a round's files is removed after the round"
+    )
     proxy: bool = Field(True, description="a new adapter each round; false: one adapter is trained on")
     lora: Lora = Lora()
     qa_from_round: int = Field(6, ge=1, description="from this round on questions are answered too")
     questions: int = Field(4, ge=0, description="questions about each clip then")
     qa_weight: float = Field(0.1, ge=0, description="of their answers' cross-entropy; not given in the paper")
-    validation_clips: int = Field(200, ge=1)
+    validation_clips: int = Field(200, ge=1, description="clips to be measured by; fewer, where there are fewer")
     patience: int | None = Field(None, ge=1, description="stop after so many rounds without a lower validation error")
     keep: Literal["last", "best"] = Field("last", description="whose weights are left; best: on validation, greedy")
     data: Data
