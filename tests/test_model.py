@@ -136,7 +136,6 @@ def test_only_the_logits_that_are_kept_are_made(model):
             assert made.shape == kept.shape and torch.allclose(made, kept, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
 def test_checkpointed_layers_give_the_same_gradients():
     batch = collate(tiny_sample("av", ANSWER))
     gradients = []
@@ -147,7 +146,7 @@ def test_checkpointed_layers_give_the_same_gradients():
         for layer in trained.audio.qformer.encoder.layer:
             layer.attention.attention.attention_dropout = layer.crossattention.attention.attention_dropout = 0.0
         if checkpointed:
-            trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            trained.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         trained.train()
         trained(**batch, use_cache=False).loss.backward()
         gradients.append({name: weight.grad for name, weight in trained.named_parameters() if weight.grad is not None})

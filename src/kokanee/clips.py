@@ -287,13 +287,13 @@ def questions_of(path: Path, files: Sequence[str]) -> dict[str, list[tuple[str, 
     names = FileNames(files)
     found: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
     for number, record in enumerate(read_jsonl(path), 1):
-        values = [record.get(key) for key in ("file", "question", "answer")] if isinstance(record, dict) else [None]
-        if not all(isinstance(value, str) and value for value in values):
-            raise KokaneeError(
-                f'{path}, line {number} is no question. Give {{"file", "question", "answer"}}, all of them texts.'
-            )
-        file, question, answer = values
-        same = names.same(file)
+        match record:
+            case {"file": str(file), "question": str(question), "answer": str(answer)} if question and answer:
+                same = names.same(file)
+            case _:
+                raise KokaneeError(
+                    f'{path}, line {number} is no question. Give {{"file", "question", "answer"}}, all of them texts.'
+                )
         if same is not None:
             found[same].append((question, answer))
     if not found:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,3 +26,17 @@ def reasons(error: ValidationError, model: type[BaseModel]) -> str:
         else:
             phrases.append(f"{key}: {item['msg']}" if key else item["msg"])
     return "; ".join(phrases)
+
+
+@contextlib.contextmanager
+def memory_said(remedy: str) -> Iterator[None]:
+    """Says what helps where a device's memory does not suffice."""
+    try:
+        yield
+    except RuntimeError as error:
+        from torch import OutOfMemoryError  # here, as commands that need no model do not load torch
+
+        if not isinstance(error, OutOfMemoryError):
+            raise
+        problem = str(error).partition(". GPU")[0]
+        raise KokaneeError(f"The device has too little memory ({problem}). {remedy}") from error

@@ -10,7 +10,6 @@ Axes: B prompts, R rows (samples of a prompt stand next to each other), L tokens
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,10 +19,14 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from kokanee.captions import Decoding, stream_seed
-from kokanee.errors import KokaneeError
+from kokanee.errors import KokaneeError, memory_said
 from kokanee.model import Kokanee
 from kokanee.prompt_cache import PromptCache, shared_prompt_in
 
+LESS = (
+    "Caption shorter parts (--end, --every) or fewer files at once (--batch-size 1; in a recipe caption_batch), or "
+    "load the model in bfloat16 (--dtype bfloat16; in a recipe dtype)."
+)
 NO_TOKEN = -1
 UNFINISHED_CHARACTER = "\ufffd"
 
@@ -70,7 +73,7 @@ def steps(
     output is not finite, or the device has too little memory.
     """
     device = cast(torch.Tensor, model.get_input_embeddings().weight).device
-    with memory_said():
+    with memory_said(LESS):
         batch = {name: value.to(device) for name, value in batch.items() if name != "labels"}
     logits_RV, cache = prefill(model, batch, n_samples)
     last_3R1 = batch["position_ids"][:, :, -1:].repeat_interleave(n_samples, 1)
@@ -97,19 +100,7 @@ def steps(
         logits_RV = one_more(model, chosen_R, last_3R1, cache)
 
 
-@contextlib.contextmanager
-def memory_said() -> Iterator[None]:
-    """Says what helps where a device's memory does not suffice."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise KokaneeError(
-            f"The device has too little memory ({str(error).partition('. GPU')[0]}). Caption shorter parts (--end, "
-            "--every), fewer files at once (--batch-size 1), or load the model in bfloat16 (--dtype bfloat16)."
-        ) from error
-
-
-@memory_said()
+@memory_said(LESS)
 @torch.no_grad()
 def prefill(model: Kokanee, batch: dict[str, torch.Tensor], n_samples: int) -> tuple[torch.Tensor, PromptCache]:
     """Scores (R, V) of each sample's first token, and the cache of the prompts, which the samples share."""
@@ -119,7 +110,7 @@ def prefill(model: Kokanee, batch: dict[str, torch.Tensor], n_samples: int) -> t
     return out.logits[:, -1].repeat_interleave(n_samples, 0), cache
 
 
-@memory_said()
+@memory_said(LESS)
 @torch.no_grad()
 def one_more(model: Kokanee, tokens_R: torch.Tensor, position_3R1: torch.Tensor, cache: PromptCache) -> torch.Tensor:
     """Scores (R, V) of the token after `tokens_R`; the cache grows by one."""
@@ -137,7 +128,7 @@ def one_more(model: Kokanee, tokens_R: torch.Tensor, position_3R1: torch.Tensor,
     return out.logits[:, -1]
 
 
-@memory_said()
+@memory_said(LESS)
 def choose(logits_RV: torch.Tensor, decoding: Decoding, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
     """A token for each row (R,): the likeliest at temperature 0, else the one at which a uniform number falls."""
     if decoding.temperature == 0:

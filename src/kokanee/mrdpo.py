@@ -33,7 +33,7 @@ from kokanee.clips import Clips, FileClips, FileData, Task, WorldClips, WorldDat
 from kokanee.defaults import Defaults, origin
 from kokanee.drafts import Team, Writer, candidates, device_of, figures, verdicts
 from kokanee.endpoint import Asker, Endpoint
-from kokanee.errors import KokaneeError
+from kokanee.errors import KokaneeError, memory_said
 from kokanee.formats import alone_in, read_json, write_json, write_jsonl, write_text
 from kokanee.judges import LanguageModelJudge
 from kokanee.launch import is_main
@@ -46,7 +46,7 @@ from kokanee.prefix import branch_attention_in
 from kokanee.processor import Processor
 from kokanee.scoring import ExactJudge, Judge, ModelJudge
 from kokanee.stages import fingerprint_of
-from kokanee.train import CHECKPOINT, claim, train
+from kokanee.train import CHECKPOINT, LESS, claim, train
 from kokanee.weights import fingerprint
 from kokanee.world.scene import Split
 
@@ -97,7 +97,7 @@ def run_mrdpo(recipe: MrdpoRecipe, folder: Path, report: Progress) -> list[dict[
     `report(what, done, total, figures)` tells how far each piece of work is. Raises `KokaneeError` where the folder
     holds a run with other settings, where clips, judge or pairs do not suffice, and where a loss is not finite.
     """
-    with alone_in(folder) if is_main() else contextlib.nullcontext():
+    with alone_in(folder) if is_main() else contextlib.nullcontext(), memory_said(LESS):
         return rounds(opened(recipe, folder, report))
 
 

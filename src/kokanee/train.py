@@ -28,14 +28,18 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from kokanee.errors import KokaneeError
-from kokanee.formats import append_jsonl, differences, refuse_foreign, replaced_file, write_json
+from kokanee.errors import KokaneeError, memory_said
+from kokanee.formats import append_jsonl, differences, read_jsonl, refuse_foreign, replaced_file, write_json
 from kokanee.recipes import Training
 
 Batch = dict[str, torch.Tensor]
 Stats = dict[str, torch.Tensor]
 Report = Callable[[int, dict[str, float]], None]
 STATE, METRICS, CHECKPOINT = "state.json", "metrics.jsonl", "checkpoint.safetensors"
+LESS = (
+    "Lower batch_size (and raise accumulate by as much), or give gradient_checkpointing: true or a bfloat16 setting "
+    "where the recipe has one."
+)
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -142,7 +146,8 @@ def train(
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     accelerator.init_trackers("tensorboard")
     try:
-        figures = run_steps(Run(recipe, folder, objective, wrapped, trained, optimizer, accelerator), step, report)
+        with memory_said(LESS):
+            figures = run_steps(Run(recipe, folder, objective, wrapped, trained, optimizer, accelerator), step, report)
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
@@ -220,7 +225,8 @@ def run_steps(run: Run, step: int, report: Report | None) -> dict[str, float]:
     """All steps from `step` on, with evaluations, records and checkpoints at their times; the last step's figures."""
     recipe, accelerator = run.recipe, run.accelerator
     if step >= recipe.steps:
-        return evaluate(run)
+        record = next((one for one in reversed(read_jsonl(run.folder / METRICS)) if one["step"] == recipe.steps), None)
+        return evaluate(run) if record is None else {name: value for name, value in record.items() if name != "step"}
     batches = stream(
         Batches(run.objective, recipe, step, accelerator.process_index, accelerator.num_processes), recipe.workers
     )
