@@ -24,6 +24,7 @@ from kokanee.mrdpo import best, is_over, run_mrdpo
 from kokanee.mrdpo_recipe import MrdpoRecipe
 from kokanee.pairs import read_pairs
 from mrdpo_runs import run, small_recipe, weights
+from together import run_together
 
 
 class Killed(Exception):
@@ -207,6 +208,28 @@ def test_a_run_in_bfloat16_that_recomputes_activations_learns_without_complaints
     model, _ = load(tmp_path / "run" / "model")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not [str(warning.message) for warning in recwarn if "checkpoint" in str(warning.message)]
+
+
+def test_two_processes_do_what_one_does_with_twice_the_batches(recipe, tmp_path):
+    alike: dict[str, Any] = {"rounds": 1, "lora": {"r": 4, "alpha": 8, "dropout": 0.0}}
+    one = run(recipe(**alike, accumulate=2), tmp_path / "one")
+    settings = recipe(**alike, accumulate=1, processes=2)
+    (tmp_path / "recipe.json").write_text(settings.model_dump_json())
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom kokanee.mrdpo_recipe import MrdpoRecipe\n"
+        "from kokanee.launch import as_worker\nfrom mrdpo_runs import run\n"
+        "recipe = MrdpoRecipe.model_validate_json(Path(sys.argv[1]).read_text())\n"
+        "with as_worker():\n    run(recipe, Path(sys.argv[2]))\n"
+    )
+    run_together(script, str(tmp_path / "recipe.json"), str(tmp_path / "two"))
+    for name in ("samples.jsonl", "verdicts.jsonl", "pairs.jsonl"):
+        first, second = (read_jsonl(tmp_path / folder / "round-01" / name) for folder in ("one", "two"))
+        assert first == second
+    made = [load(tmp_path / folder / "model", dtype="float32")[0] for folder in ("one", "two")]
+    for a, b in zip(*(model.parameters() for model in made), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+    assert one[0]["greedy"] == read_json(tmp_path / "two" / "metrics.json")["rounds"][0]["greedy"]
 
 
 def test_a_run_ends_when_patience_does(recipe, tmp_path, monkeypatch):

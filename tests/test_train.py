@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +28,7 @@ from kokanee.train import (
     means,
 )
 from kokanee.train import train as train_chosen
+from together import run_together
 
 SMALL = {
     "stage": "conversations",
@@ -281,31 +278,6 @@ def test_a_figure_is_averaged_over_the_batches_that_define_it(tmp_path):
 def test_another_number_of_processes_than_the_recipe_says_is_refused(tmp_path):
     with pytest.raises(KokaneeError, match=r"processes: 2, but 1 run.*nproc-per-node 2"):
         train(Toy(), recipe(processes=2), tmp_path)
-
-
-def run_together(script: Path, *arguments: str) -> None:
-    """Run a script in two processes that know of each other, as torchrun does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    paths = [str(Path(__file__).parent), str(Path(str(sys.modules["kokanee"].__file__)).parents[1])]
-    shared = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(script), *arguments],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], errors
 
 
 def test_two_processes_do_what_one_does_with_twice_the_batches(tmp_path):
