@@ -245,9 +245,9 @@ def one_round(run: Run, number: int) -> dict[str, Any]:
             write_json(place / TRAINING, {**made, "seconds": run.seconds})
             keep_adapter(run.adapted, place)
         run.team.wait()
-    if run.team.is_main and not recipe.keep_media:
-        run.clips.forget(numbers_of(run, number))
     if not (place / FIGURES).is_file():
+        if run.team.is_main and not recipe.keep_media:
+            run.clips.forget(numbers_of(run, number))
         made = read_json(place / TRAINING)
         run.seconds = made.pop("seconds")
         finish(run, number, {**made, **run.timed("evaluate", lambda: evaluated(run, number))})
