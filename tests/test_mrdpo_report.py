@@ -53,7 +53,7 @@ def metrics(number: int, loss: str) -> dict:
         figures["training"] = {"loss": 0.612, "ground_truth": 0.789, "learning_rate": 3e-05}
         figures["seconds"] = {"train": 1200.0, "evaluate": 45.0}
     if number and loss != "ce":
-        figures["training"] |= {"margin": 1.234, "accuracy": 0.875, "validation/margin": 0.987}
+        figures["training"] |= {"margin": 1.234, "accuracy": 0.875, "validation/margin": 0.987, "qa": 0.046}
         figures["pairs"] = {
             "pairs": 231,
             "dropped": {"scores too close": 9, "<s>": 0},
@@ -152,6 +152,12 @@ def test_the_numbers_are_those_of_the_files(tmp_path):
         "3 of 20 steps, learning rate 0.0003" in page
         and "6 of each of 240 clips a round at temperature 1 and 0.5" in page
     )
+
+
+def test_right_answers_and_their_cross_entropy_are_not_confused(tmp_path):
+    page = run_page(make_run(tmp_path))
+    assert row(page, "Questions answered rightly") == ["91.6"] * 3
+    assert row(page, "Cross-entropy of the answers")[1:] == ["0.046"] * 2
 
 
 def test_the_outcome_tells_start_end_and_best(tmp_path):

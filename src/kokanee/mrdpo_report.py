@@ -44,7 +44,8 @@ GROUPS = {
 }
 LABELS = {
     **NAMES,
-    "qa": "Questions answered rightly",
+    "answers": "Questions answered rightly",
+    "qa": "Cross-entropy of the answers",
     "kl": "KL to the round's reference",
     "dpo": "DPO loss",
     "margin": "Reward margin",
@@ -139,7 +140,7 @@ def grouped(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     lost = {f"{DROPPED}{reason}": count for reason, count in pairs.pop("dropped", {}).items()}
     return {
         **{group: metrics.get(group) or {} for group in GROUPS},
-        "model": {name: metrics[name] for name in ("qa", "kl") if name in metrics},
+        "model": {label: metrics[name] for name, label in (("qa", "answers"), ("kl", "kl")) if name in metrics},
         "pairs": {**made, **lost, **pairs},
     }
 
@@ -228,7 +229,7 @@ def caption_plots(n_rounds: int, finished: Sequence[Round]) -> list[str]:
     def bars(names: Sequence[str]) -> list[Series]:
         return [Series(NAMES[name], name, "bars", by_round(finished, "greedy", name)) for name in names]
 
-    answers = Series("greedy answers", "first", "line", by_round(finished, "model", "qa"))
+    answers = Series("greedy answers", "first", "line", by_round(finished, "model", "answers"))
     return [
         plot("Total error", "% of events", [*bars(COUNTED), *lines("total", ["sampled"])], n_rounds),
         plot("Miss", "% of events", lines("missed"), n_rounds),
