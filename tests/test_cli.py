@@ -244,7 +244,7 @@ def test_an_output_without_room_is_one_message(media):
         (["--model", "no/where/at/all"], "no/where/at/all"),
         (["--device", "warp9"], "device warp9"),
         (["--dtype", "int8"], "int8 is no type"),
-        (["--set", "max_frame=3"], "unknown setting 'max_frame' (the nearest known one is 'max_frames')"),
+        (["--set", "max_frame=3"], "unknown setting 'max_frame' (did you mean 'max_frames'?)"),
         (["--set", "device=cpu"], "unknown setting 'device'"),
         (["--set", "interval_s=0"], "interval_s"),
         (["--start", "99"], "99 s"),

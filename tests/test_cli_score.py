@@ -84,6 +84,9 @@ def test_agreement_of_a_model_with_the_exact_judge(world):
     assert told["by_verdict"]["missed"]["yes_two"] == 1.0 and told["by_verdict"]["missed"]["kappa"] == 0.0
     assert told["n_captions"] == told["n_lists"] == 4 and told["unknown"] == 0 and told["totals"][1] == 100.0
     assert "rank correlation of the totals of 4 captions (Spearman): –" in table
+    with serving(lambda request: "I cannot") as (_, url):
+        found = kk(*words[:5], world / "none", "-j", "openai:m", "--base-url", url, code=1)
+    assert "None of 6 captions could be judged by openai:m" in found.stderr
 
 
 @pytest.mark.parametrize(

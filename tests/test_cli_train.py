@@ -125,6 +125,7 @@ def test_rounds_of_mrdpo_leave_a_table_a_report_and_a_model(tiny_checkpoint, tin
     lines = found.stdout.splitlines()
     assert lines[0].startswith("| round | Miss") and [line.split("|")[1].strip() for line in lines[2:]] == ["0", "1"]
     assert (tmp_path / "run" / "report.html").is_file() and "report.html" in found.stderr
+    assert "3 validation clips" in found.stderr and "data.validation is" not in found.stderr
     load(tmp_path / "run" / "model")
     assert "steps: 2 before, 3 now" in kk("train", path, "--out", tmp_path / "run", code=1).stderr
     pairs = tmp_path / "run" / "round-01" / "pairs.jsonl"
@@ -141,3 +142,5 @@ def test_rounds_are_only_of_mrdpo_and_a_stage_is_called_by_its_name(recipe, tmp_
     ):
         assert message in kk("train", recipe, "--out", tmp_path / "run", *words, code=2).stderr
     assert "stage 'sound encoder'" in kk("train", "mrdpo", recipe, "--out", tmp_path / "run", code=2).stderr
+    wrong = kk("train", recipe, "--out", tmp_path / "run", "--set", "stage=mrdop", code=1).stderr
+    assert "no stage 'mrdop'" in wrong and "mrdpo" in wrong

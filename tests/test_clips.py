@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -205,8 +206,27 @@ def test_media_are_given_up_after_their_round_where_that_is_asked_for(tiny_check
     assert len(list((tmp_path / "given up" / "media" / "validation").glob("*.safetensors"))) == 2
 
 
-def test_too_many_unreadable_files_stop_the_run(tiny_checkpoint, data, tmp_path):
-    found = data("first.mp4", "second.mp4", "gone.mp4")
-    told = r"1 of 3 files cannot be read, such as: .*gone.mp4.*unreadable"
+def test_too_many_unreadable_files_stop_the_run(tiny_checkpoint, data, media, tmp_path):
+    for name in ("first.mp4", "second.mp4"):
+        shutil.copy(media / name, tmp_path)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    found = data("first.mp4", "second.mp4", "broken.mp4").model_copy(update={"videos": str(tmp_path)})
+    told = r"1 of 3 files cannot be read, such as: .*broken.mp4.*data.train.unreadable"
     with serving(judged) as (_, url), pytest.raises(KokaneeError, match=told):
         run(recipe_of(found, tiny_checkpoint, url).model_copy(update={"clips": 3}), tmp_path / "run")
+
+
+def test_a_judge_that_nobody_is_at_is_told_before_anything_is_captioned(tiny_checkpoint, data, tmp_path):
+    with serving(judged) as (_, url):
+        pass
+    with pytest.raises(KokaneeError, match=r"127.0.0.1:\d+/v1 cannot be reached"):
+        run(recipe_of(data("first.mp4"), tiny_checkpoint, url), tmp_path / "run")
+    assert not (tmp_path / "run" / "media").exists()
+
+
+def test_files_that_are_not_there_are_told_before_anything_is_captioned(tiny_checkpoint, data, tmp_path):
+    found = data("first.mp4", "second.mp4", "gone.mp4")
+    told = r"data.train: 1 of 3 files are not there, such as .*gone.mp4.*data.train.videos"
+    with serving(judged) as (server, url), pytest.raises(KokaneeError, match=told):
+        run(recipe_of(found, tiny_checkpoint, url).model_copy(update={"clips": 3}), tmp_path / "run")
+    assert not server.requests and not (tmp_path / "run" / "round-00").exists()

@@ -150,3 +150,16 @@ def test_a_store_that_is_missing_or_unfinished_is_not_read(tiny, tmp_path, two_a
     with pytest.raises(KokaneeError, match=r"unfinished: 1 of 3 shards.*shard-00001"):
         read_store(tmp_path, tiny[0], "train", 0)
     assert json.loads((tmp_path / "state.json").read_text())["clips"] == 5
+
+
+def test_a_store_grows_and_is_the_one_that_was_made_at_once(tiny, tmp_path, two_a_shard):
+    fill(tiny, tmp_path / "grown", clips=3)
+    fill(tiny, tmp_path / "grown", clips=6, part=(0, 2))
+    with pytest.raises(KokaneeError, match=r"unfinished: 1 of 3 shards.*shard-00001"):
+        read_store(tmp_path / "grown", tiny[0], "train", 0)
+    fill(tiny, tmp_path / "grown", clips=6, part=(1, 2))
+    fill(tiny, tmp_path / "whole", clips=6)
+    grown, whole = (read_store(tmp_path / name, tiny[0], "train", 0) for name in ("grown", "whole"))
+    assert len(grown) == len(whole) == 6 and all(map(same, grown, whole))
+    with pytest.raises(KokaneeError, match="clips: 6 before, 3 now"):
+        fill(tiny, tmp_path / "grown", clips=3)

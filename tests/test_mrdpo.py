@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from kill_mrdpo import kill_often
 from kokanee import mrdpo
 from kokanee.adapters import load_adapter, merge
-from kokanee.checkpoints import load
+from kokanee.checkpoints import base_of, load
 from kokanee.clips import WorldClips, WorldData
 from kokanee.drafts import Team, Writer
 from kokanee.errors import KokaneeError
@@ -248,9 +248,26 @@ def test_patience_counts_rounds_since_the_best():
 
 
 def test_too_few_pairs_are_told_with_what_helps(recipe, tmp_path):
-    with pytest.raises(KokaneeError, match=r"learns from 6 clips here, but one step and its check take 18.*min_gap"):
+    with pytest.raises(KokaneeError, match=r"6 clips here, but takes 18: 12 for one step and 6 to check by.*min_gap"):
         run(recipe(batch_size=6), tmp_path / "run")
     assert not (tmp_path / "run" / "round-00").exists()
+
+
+def test_an_adapter_names_what_it_is_on(whole, tiny_checkpoint):
+    first, second = (whole / f"round-{number:02d}" / "adapter" for number in (1, 2))
+    assert base_of(first) == str(tiny_checkpoint)
+    assert f"Its base is {tiny_checkpoint} with round 1 merged." in (second / "README.md").read_text()
+    with pytest.raises(KokaneeError, match=r"its base \(.* with round 1 merged\) is not here"):
+        base_of(second)
+
+
+def test_a_start_without_any_verdict_is_no_error_of_0(recipe, tmp_path, monkeypatch):
+    def none(path, judge, tasks, drafts, *_):
+        return [{"counts": [None], "repetition": [0.0]} for _ in drafts]
+
+    monkeypatch.setattr(mrdpo, "verdicts", none)
+    with pytest.raises(KokaneeError, match="None of 3 captions of the validation clips has a verdict"):
+        run(recipe(unjudged=1.0), tmp_path / "run")
 
 
 def test_references_and_policy_are_computed_alike(recipe):

@@ -70,6 +70,8 @@ def test_pairs_come_back_from_their_file(tmp_path):
     ]
     append_jsonl(tmp_path / "pairs.jsonl", [pair.as_record() for pair in pairs])
     assert read_pairs(tmp_path / "pairs.jsonl") == pairs
+    append_jsonl(tmp_path / "trl.jsonl", [pair.as_trl() for pair in pairs])
+    assert read_pairs(str(tmp_path / "trl.jsonl")) == pairs
     assert pairs[0].as_trl()["rejected"] == [{"role": "assistant", "content": "A cat."}]
 
 

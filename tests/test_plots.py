@@ -63,3 +63,8 @@ def test_series_without_points_are_left_out():
 
 def test_names_are_text():
     assert "<b>" not in plot("<b>", "<b>", [Series("<b>", "a", "dots", [(0, 1.0)])], 1)
+
+
+def test_numbers_too_small_to_be_shown_are_nothing_and_have_no_sign():
+    drawn = plot("KL", "", [Series("k", "k", "line", [(0, -1e-5), (1, 2e-5)])], 1, 2)
+    assert "-0.00" not in drawn and max(map(len, re.findall(r'class="left"[^>]*>([^<]*)<', drawn))) <= 5

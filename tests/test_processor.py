@@ -251,7 +251,7 @@ def test_the_authors_folder_gets_the_published_settings(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"max_frame": 3}, "nearest known one is 'max_frames'"),
+        ({"max_frame": 3}, "did you mean 'max_frames'"),
         ({"min_frames": 900}, "more than max_frames"),
         ({"min_frame_pixels": 100000}, "more than max_frame_pixels"),
         ({"window_s": 0.7}, "no multiple"),

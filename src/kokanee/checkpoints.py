@@ -158,7 +158,7 @@ def base_of(folder: Path, base: str | Path | None = None) -> str | Path | None:
     if base is not None or not is_adapter(folder):
         return base
     name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
-    if name and (Path(name).is_dir() or HUB_NAME.fullmatch(name)):
+    if name and (name in EMBEDDED or Path(name).is_dir() or HUB_NAME.fullmatch(name)):
         return name
     raise KokaneeError(
         f"{folder} is an adapter alone, and its base ({name or 'not named'}) is not here. Give `base`: the model that "

@@ -171,10 +171,14 @@ def agree(
     found = agreement(exact, other)
     settings = {"judge": by.name, "as_published": as_published, "captions": predictions.as_posix()}
     write_json(out / AGREEMENT, {"version": VERSION, **settings, **asdict(found)})
+    failures = Counter(failure for item in other for failure in item.failures if failure)
+    often = f" Most often: {failures.most_common(1)[0][0]}" if failures else ""
+    if not found.n_captions:
+        raise KokaneeError(f"None of {len(items)} captions could be judged by {by.name}, so nothing is known.{often}")
     typer.echo(as_table(found, "exact", by.name))
     lost = len(items) - found.n_captions
     if lost:
-        say(f"{lost} of {len(items)} captions could not be judged by {by.name}; they are left out")
+        say(f"{lost} of {len(items)} captions could not be judged by {by.name}; they are left out.{often}")
 
 
 def asked_by(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -47,7 +47,7 @@ def train(
     """Train one stage of a recipe, such as `kokanee train mrdpo recipe.yaml`; the model is left in OUT/model."""
     path, sets = recipe[-1], list(set_ or [])
     settings = read_settings(path, sets)
-    stage = str(settings.get("stage"))
+    stage = stage_of(settings, path)
     if len(recipe) > 2 or (len(recipe) == 2 and str(recipe[0]) != stage):
         raise typer.BadParameter(f"{path} is a recipe of the stage {stage!r}", param_hint="[STAGE] RECIPE")
     for name, value in (("rounds", rounds), ("steps", steps_per_round)):
@@ -58,8 +58,8 @@ def train(
             sets.append(f"{name}={value}")
     work = train_rounds if stage == MRDPO else train_stage
     work(
-        path,
         settings,
+        f"{path} with {', '.join(sets)}" if sets else str(path),
         out,
         ["train", str(path), "--out", str(out), *(word for item in sets for word in ("--set", item))],
     )
@@ -82,11 +82,23 @@ def pairs(
     say(f"{len(found)} pairs: {out}")
 
 
-def train_stage(path: Path, settings: dict[str, Any], out: Path, command: Sequence[str]) -> None:
-    """One stage with one loop; `command` is what another process would be started with."""
+def stage_of(settings: dict[str, Any], path: Path) -> str:
+    """The stage that a recipe is of. Raises `KokaneeError` where there is none of this name."""
+    from kokanee.recipes import Stage
+
+    stages = (*get_args(Stage), MRDPO)
+    stage = settings.get("stage")
+    if stage not in stages:
+        there = f"there is no stage {stage!r}" if "stage" in settings else "it names no stage"
+        raise KokaneeError(f"{path}: {there}. Give one of {', '.join(stages)}.")
+    return str(stage)
+
+
+def train_stage(settings: dict[str, Any], source: str, out: Path, command: Sequence[str]) -> None:
+    """One stage with one loop. source: where the settings are from; command: what another process is started with."""
     from kokanee.recipes import Recipe, checked
 
-    recipe = checked(Recipe, settings, str(path))
+    recipe = checked(Recipe, settings, source)
     if recipe.processes > 1 and not is_worker():
         raise typer.Exit(launch(recipe.processes, command))
     from kokanee.stages import run_stage
@@ -98,7 +110,7 @@ def train_stage(path: Path, settings: dict[str, Any], out: Path, command: Sequen
             typer.echo(json.dumps({"model": (out / "model").as_posix(), "steps": recipe.steps, "figures": figures}))
 
 
-def train_rounds(path: Path, settings: dict[str, Any], out: Path, command: Sequence[str]) -> None:
+def train_rounds(settings: dict[str, Any], source: str, out: Path, command: Sequence[str]) -> None:
     """Rounds of mrDPO; a table of them, and their report in OUT/report.html."""
     from kokanee.recipes import checked
 
@@ -109,9 +121,13 @@ def train_rounds(path: Path, settings: dict[str, Any], out: Path, command: Seque
     from kokanee.mrdpo_recipe import MrdpoRecipe
 
     with as_worker():
+        recipe = checked(MrdpoRecipe, settings, source)
+        if is_main() and recipe.data.train == recipe.data.validation:
+            say("data.validation is data.train, so that rounds are measured by what they have learnt.")
         with rounds_progress() as report:
-            found = run_mrdpo(checked(MrdpoRecipe, settings, str(path)), out, report)
+            found = run_mrdpo(recipe, out, report)
         if is_main():
+            say(f"{found[-1]['clips']} validation clips, per cent of their events")
             typer.echo("\n".join(table(found)))
             say(f"model: {out / 'model'}; what happened: {out / 'report.html'}")
 
@@ -135,11 +151,14 @@ def read_settings(recipe: Path, replaced: Sequence[str]) -> dict[str, Any]:
 
 @contextmanager
 def rounds_progress() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
-    """A bar on standard error for each piece of a round's work."""
-    with bar("{task.fields[figures]}", hidden=not is_main()) as progress:
+    """A bar on standard error for each piece of a round's work, from when there is any."""
+    with ExitStack() as stack:
+        progress = bar("{task.fields[figures]}", hidden=not is_main())
         tasks: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int, figures: dict[str, float]) -> None:
+            if not tasks:
+                stack.enter_context(progress)
             if what not in tasks:
                 for task in tasks.values():
                     progress.stop_task(task)

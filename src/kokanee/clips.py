@@ -77,6 +77,10 @@ class Clips(Protocol):
         """Which clips these are, and what is known of them."""
         ...
 
+    def files(self) -> list[Path]:
+        """The files that they are in; none where their features are kept."""
+        ...
+
     def readable(self, numbers: Sequence[int], report: Callable[[int, int], None], share: tuple[int, int]) -> None:
         """Encode those that are not yet; `share` (k, n): every n-th of them, from the k-th on."""
         ...
@@ -143,6 +147,9 @@ class WorldClips:
 
     def identity(self) -> str:
         return digest([clip.stretch for clip in self.features])
+
+    def files(self) -> list[Path]:
+        return []
 
     def readable(self, numbers: Sequence[int], report: Callable[[int, int], None], share: tuple[int, int]) -> None:
         for number in numbers:  # here, as processes that make batches may have no device
@@ -230,6 +237,9 @@ class FileClips:
     def identity(self) -> str:
         known = [(one.path.as_posix(), one.caption, one.truth) for one in self.known]
         return digest([*known, sorted(self.asked.items())])
+
+    def files(self) -> list[Path]:
+        return list({one.path: None for one in self.known})
 
     def readable(self, numbers: Sequence[int], report: Callable[[int, int], None], share: tuple[int, int]) -> None:
         failed = self.failed()

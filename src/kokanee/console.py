@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import typer
+
+BAR_WIDTH = 16  # leaves room for figures where a line has 80 columns
+LINE_EVERY_S = 60.0
 
 
 def say(text: str) -> None:
@@ -25,16 +31,80 @@ def key_value(item: str) -> tuple[str, Any]:
         raise typer.BadParameter(f"{item!r}: the value is no YAML ({error})", param_hint="--set") from error
 
 
+@dataclass
+class Work:
+    """A piece of work that is told of in lines."""
+
+    description: str
+    total: float | None
+    completed: float
+    fields: dict[str, Any]
+    ended: bool = False
+
+
+class Lines:
+    """What a rich.progress.Progress is to its caller, told in lines: one a minute, and one where a piece of work is
+    done."""
+
+    def __init__(self, columns: Sequence[str], console: Any, hidden: bool) -> None:
+        self.columns, self.console, self.hidden = columns, console, hidden
+        self.tasks: list[Work] = []
+        self.said_s = time.monotonic()
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def add_task(self, description: str, total: float | None = None, visible: bool = True, **fields: Any) -> int:
+        self.tasks.append(Work(description, total, 0, fields))
+        return len(self.tasks) - 1
+
+    def stop_task(self, number: int) -> None:
+        pass
+
+    def reset(self, number: int, total: float | None = None, visible: bool = True, **fields: Any) -> None:
+        task = self.tasks[number]
+        task.total, task.completed, task.ended = total, 0, False
+        task.fields.update(fields)
+
+    def advance(self, number: int, advance: float = 1) -> None:
+        self.update(number, completed=self.tasks[number].completed + advance)
+
+    def update(
+        self,
+        number: int,
+        completed: float | None = None,
+        total: float | None = None,
+        advance: float = 0,
+        **fields: Any,
+    ) -> None:
+        task = self.tasks[number]
+        task.total = task.total if total is None else total
+        task.completed = task.completed + advance if completed is None else completed
+        task.fields.update(fields)
+        ended, task.ended = task.ended, task.total is not None and task.completed >= task.total
+        if not self.hidden and ((task.ended and not ended) or time.monotonic() - self.said_s >= LINE_EVERY_S):
+            self.said_s = time.monotonic()
+            done = f"{task.completed:g}" + ("" if task.total is None else f" of {task.total:g}")
+            say(" ".join([f"{task.description}: {done}", *(text.format(task=task) for text in self.columns)]).rstrip())
+
+
 def bar(*more: str, hidden: bool = False) -> Any:
-    """A progress bar on standard error that leaves standard output alone; `more` are templates of further columns."""
+    """Progress on standard error, which leaves standard output alone: bars on a terminal, lines elsewhere. `more` are
+    templates of further columns."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return Lines(more, console, hidden)
+    columns = (TextColumn("{task.description}"), BarColumn(BAR_WIDTH), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(
         *columns,
         *(TextColumn(text, markup=False) for text in more),
-        console=Console(stderr=True),
+        console=console,
         redirect_stdout=False,
         redirect_stderr=False,
         disable=hidden,

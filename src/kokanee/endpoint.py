@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import random
+import socket
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from kokanee.formats import whole_text
 from kokanee.replies import Replies, Reply
 
 LONGEST_WAIT_S = 60.0
+CONNECT_S = 10.0
 FEWEST_FAILURES = 8
 LETTERS_A_TOKEN = 4  # about, in English
 BUSY = frozenset((408, 409, 425, 429))
@@ -113,6 +115,19 @@ class Endpoint:
     def key(self) -> str:
         """The key, "" where there is none. It is shown nowhere."""
         return os.environ.get(self.key_name, "").strip()
+
+    def check_reachable(self) -> None:
+        """Raise `KokaneeError` where nobody listens at the server's address. Behind a proxy that is not known."""
+        parts = urlsplit(self.address)
+        if proxy_of(self.address) is not None:
+            return
+        try:
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+            socket.create_connection((parts.hostname or "", port), timeout=CONNECT_S).close()
+        except (OSError, ValueError) as error:
+            raise KokaneeError(
+                f"{self.server} cannot be reached ({error}). Start the server, or check its address and the network."
+            ) from error
 
 
 class Asker:

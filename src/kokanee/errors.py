@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -16,16 +16,52 @@ class KokaneeError(ValueError):
 
 
 def reasons(error: ValidationError, model: type[BaseModel]) -> str:
-    """What pydantic found wrong in the settings of `model`; unknown ones with the nearest known one."""
+    """What pydantic found wrong in the settings of `model`: each setting by its whole name, unknown ones with the
+    known one that is meant, or with all that there are."""
     phrases = []
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
+        key, around = place_of(item["loc"], model)
         if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.0)
-            phrases.append(f"unknown setting '{key}' (the nearest known one is '{near[0]}')")
+            *path, last = key.split(".")
+            names = {".".join([*path, name]): name for name in around.model_fields} if around else {}
+            near = [name for name in names if difflib.get_close_matches(last, [names[name]], cutoff=0.5)]
+            near.sort(key=lambda name: -difflib.SequenceMatcher(None, last, names[name]).ratio())
+            known = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"
+            phrases.append(f"unknown setting '{key}' ({known})")
+        elif item["type"] == "missing":
+            phrases.append(f"{key} is missing")
+        elif item["type"] == "model_type":
+            phrases.append(f"{key}: must be settings (key: value)")
         else:
-            phrases.append(f"{key}: {item['msg']}" if key else item["msg"])
+            said = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+            phrases.append(f"{key}: {said}" if key else said)
     return "; ".join(phrases)
+
+
+def place_of(loc: Sequence[int | str], model: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:
+    """The name of the setting at `loc`, from the settings of `model`, and the settings that it stands among. The names
+    of classes, which pydantic puts between where several may stand, are left out."""
+    from pydantic import BaseModel
+
+    names: list[str] = []
+    around: type[BaseModel] | None = model
+    inside: list[type[BaseModel]] = [model]
+    for part in loc:
+        chosen = [one for one in inside if one.__name__ == part]
+        if chosen:
+            inside = chosen
+            continue
+        names.append(str(part))
+        around = inside[0] if inside else None
+        field = around.model_fields.get(str(part)) if around else None
+        kinds = [unannotated(kind) for kind in (field.annotation, *get_args(field.annotation))] if field else []
+        inside = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return ".".join(names), around
+
+
+def unannotated(kind: Any) -> Any:
+    """A type without what Annotated adds to it."""
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kokanee.encoders import square_side_px
@@ -107,23 +108,25 @@ def fill_store(
     part: tuple[int, int] = (0, 1),
     report: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Encode the first `clips` scenes of a split; goes on where it stopped. `part` (k, n): every n-th shard, from k.
+    """Encode the first `clips` scenes of a split; goes on where it stopped, also with more clips than before. `part`
+    (k, n): every n-th shard, from k.
 
     `report(done, clips)` is called after each shard. Raises `KokaneeError` where the folder holds the features of other
-    encoders or settings.
+    encoders or settings, or of more clips.
     """
     settings = {**origin(model, split, seed), "clips": clips, "share_cut": share_cut}
     known = folder / STATE
     refuse_foreign(folder, STATE)
-    differing = differences(json.loads(known.read_text(encoding="utf-8")), settings) if known.is_file() else []
+    before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else settings
+    differing = differences({**before, "clips": max(clips, before["clips"])}, settings)
     if differing:
         raise KokaneeError(f"{folder} holds other features ({'; '.join(differing)}). Remove it, or use another.")
     write_json(known, settings)
     model.eval()
     for shard in range(part[0], -(-clips // SHARD), part[1]):
         path = shard_path(folder, shard)
-        if not path.is_file():
-            numbers = range(shard * SHARD, min((shard + 1) * SHARD, clips))
+        numbers = range(shard * SHARD, min((shard + 1) * SHARD, clips))
+        if not path.is_file() or clips_in(path) < len(numbers):
             found = [encode(model, processor, *stretch_of(split, index, seed, share_cut)) for index in numbers]
             write_shard(path, found)
         if report is not None:
@@ -162,16 +165,28 @@ def read_store(folder: Path, model: Kokanee, split: Split, seed: int) -> list[Fe
     wanted = origin(model, split, seed)
     differing = differences({name: state.get(name) for name in wanted}, wanted)
     if differing:
-        raise KokaneeError(f"{folder} holds other features ({'; '.join(differing)}). Make them with this model.")
+        raise KokaneeError(
+            f"{folder} holds other features ({'; '.join(differing)}; encoders are known by a hash of their weights). "
+            f"Make those of this model with `kokanee world features MODEL FOLDER --split {split} --seed {seed}`."
+        )
     clips, merge_size = state["clips"], model.config.vision_config.spatial_merge_size
     paths = [shard_path(folder, shard) for shard in range(-(-clips // SHARD))]
-    missing = [path.name for path in paths if not path.is_file()]
+    sizes = [min(SHARD, clips - first) for first in range(0, clips, SHARD)]
+    missing = [
+        path.name for path, size in zip(paths, sizes, strict=True) if not path.is_file() or clips_in(path) < size
+    ]
     if missing:
         raise KokaneeError(
-            f"{folder} is unfinished: {len(missing)} of {len(paths)} shards are missing (such as {missing[0]}). "
+            f"{folder} is unfinished: {len(missing)} of {len(paths)} shards are not whole (such as {missing[0]}). "
             "Start the making of features again; it goes on where it stopped."
         )
     return [features for path in paths for features in read_shard(path, merge_size)]
+
+
+def clips_in(path: Path) -> int:
+    """How many clips a shard holds."""
+    with safe_open(path, "pt") as file:
+        return file.get_slice("index").get_shape()[0]
 
 
 def read_shard(path: Path, merge_size: int) -> list[Features]:

@@ -66,8 +66,9 @@ def check_writable(path: Path) -> None:
             ) from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises `KokaneeError` if it is missing or broken."""
+    path = Path(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -143,8 +144,9 @@ def parsed(line: bytes) -> Any:
         return None
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """All lines of a file, without half a line at its end. Raises `KokaneeError` for another line that is no JSON."""
+    path = Path(path)
     if not path.is_file():
         raise KokaneeError(f"{path} is not there. Check the path.")
     records = []

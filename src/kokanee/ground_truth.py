@@ -114,8 +114,9 @@ def truth_of_sample(sample: dict[str, Any], start_s: float | None = None, end_s:
     )
 
 
-def read_ground_truth(path: Path) -> GroundTruth:
+def read_ground_truth(path: str | Path) -> GroundTruth:
     """The ground truth in a file of any of the three kinds. Raises `KokaneeError` for anything else."""
+    path = Path(path)
     if not path.is_file():
         raise KokaneeError(f"{path} is not there. Give a file of events.")
     if path.suffix == ".json":

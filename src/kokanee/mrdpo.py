@@ -13,81 +13,39 @@ not kept: they are made again from the base and the adapters.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import random
 import shutil
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft import LoraConfig, PeftModel
 
 from kokanee.adapters import load_adapter, merge, wrapped
 from kokanee.captions import Decoding
 from kokanee.checkpoints import load, save
-from kokanee.clips import Clips, FileClips, FileData, Task, WorldClips, WorldData
+from kokanee.clips import Task
 from kokanee.defaults import Defaults, origin
-from kokanee.drafts import Team, Writer, candidates, device_of, figures, verdicts
-from kokanee.endpoint import Asker, Endpoint
+from kokanee.drafts import candidates, device_of, figures, verdicts
 from kokanee.errors import KokaneeError, memory_said
 from kokanee.formats import alone_in, read_json, write_json, write_jsonl, write_text
-from kokanee.judges import LanguageModelJudge
 from kokanee.launch import is_main
 from kokanee.model import Kokanee
-from kokanee.mrdpo_recipe import FREE, Lora, MrdpoRecipe
+from kokanee.mrdpo_recipe import Lora, MrdpoRecipe
 from kokanee.mrdpo_report import run_page
+from kokanee.mrdpo_run import Progress, Run, check_enough, opened, tasks_for, told
 from kokanee.pairs import Pair, dropped, picked
 from kokanee.preferences import WITH_PAIRS, Lesson, Preferences, Weights
 from kokanee.prefix import branch_attention_in
-from kokanee.processor import Processor
-from kokanee.scoring import ExactJudge, Judge, ModelJudge
-from kokanee.stages import fingerprint_of
-from kokanee.train import CHECKPOINT, LESS, claim, train
-from kokanee.weights import fingerprint
-from kokanee.world.scene import Split
+from kokanee.train import CHECKPOINT, LESS, train
 
 VERSION = 1
 SAMPLES, VERDICTS, PAIRS, REFERENCE = "samples.jsonl", "verdicts.jsonl", "pairs.jsonl", "reference.jsonl"
 GREEDY, SAMPLED = "validation", "validation-sampled"
 TRAIN, TRAINING, ADAPTER, FIGURES = "train", "training.json", "adapter", "metrics.json"
-REPLIES, MEDIA, MODEL, REPORT = "replies.jsonl", "media", "model", "report.html"
-Progress = Callable[[str, int, int, dict[str, float]], None]
-
-
-@dataclass
-class Run:
-    """A run under way. `model` is merged up to the last round; `adapted` is the same with an adapter not merged yet."""
-
-    recipe: MrdpoRecipe
-    folder: Path
-    model: Kokanee
-    processor: Processor
-    clips: Clips
-    validation: Clips
-    team: Team
-    report: Progress
-    adapted: PeftModel | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def writer(self) -> Writer:
-        return Writer(self.model, self.processor, self.recipe.caption_batch, self.team)
-
-    def place(self, number: int) -> Path:
-        return self.folder / f"round-{number:02d}"
-
-    def judge(self) -> Judge:
-        return judge_of(self.recipe, self.folder / REPLIES)
-
-    def timed(self, name: str, work: Callable[[], Any]) -> Any:
-        started = time.monotonic()
-        made = work()
-        self.seconds[name] = round(time.monotonic() - started, 1)
-        return made
+MODEL, REPORT = "model", "report.html"
 
 
 def run_mrdpo(recipe: MrdpoRecipe, folder: Path, report: Progress) -> list[dict[str, Any]]:
@@ -137,71 +95,6 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def opened(recipe: MrdpoRecipe, folder: Path, report: Progress) -> Run:
-    """The run with its model and clips; the folder is the recipe's from now on."""
-    state = PartialState(cpu=recipe.device == "cpu", timeout=datetime.timedelta(days=7))
-    check_recipe(recipe, state.num_processes)
-    sources = (recipe.data.train, recipe.data.validation)
-    # Features of the world are known by the weights that made them, which are those in float32.
-    precise = any(isinstance(data, WorldData) for data in sources)
-    model, processor = load(recipe.model, dtype="float32" if precise else recipe.dtype, device=device_of(state))
-    question = Defaults.of(origin(recipe.model)).question
-
-    def clips_of(data: WorldData | FileData, split: Split) -> Clips:
-        if isinstance(data, WorldData):
-            return WorldClips(model, processor, data, split)
-        return FileClips(model, processor, data, folder / MEDIA / split, question)
-
-    clips, validation = clips_of(sources[0], "train"), clips_of(sources[1], "validation")
-    model.to(getattr(torch, recipe.dtype))
-    start = {"weights": fingerprint(model), "processor": fingerprint_of(processor)}
-    run = Run(recipe, folder, model.eval(), processor, clips, validation, Team(state), report)
-    start |= {"train": clips.identity(), "validation": validation.identity()}
-    check_clips(run)
-    claim(folder, recipe, start, begun=(run.place(0).name, MEDIA), free=FREE)
-    return run
-
-
-def check_recipe(recipe: MrdpoRecipe, processes: int) -> None:
-    """Raise `KokaneeError` for what cannot work, before anything is sampled or paid for."""
-    judge_of(recipe, None)
-    if processes != recipe.processes:
-        raise KokaneeError(
-            f"The recipe is for processes: {recipe.processes}, but {processes} run. Start it with "
-            f"torchrun --nproc-per-node {recipe.processes}, or change the recipe."
-        )
-    if recipe.loss in WITH_PAIRS and recipe.samples * len(recipe.temperatures) < 2:
-        raise KokaneeError("samples: 1 at one temperature gives no pairs. Give 2 or more samples.")
-
-
-def check_clips(run: Run) -> None:
-    """Raise `KokaneeError` where clips, judge or adapter do not fit together."""
-    recipe = run.recipe
-    if recipe.clips > len(run.clips):
-        raise KokaneeError(
-            f"clips: {recipe.clips} in a round, but there are {len(run.clips)}. Lower it, or give more clips."
-        )
-    check_enough(recipe.clips, recipe)
-    if recipe.judge == "exact":
-        some = [clips.task(0, 0, "").truth for clips in (run.clips, run.validation)]
-        if any(truth.facts is None for truth in some):
-            raise KokaneeError("The exact judge knows clips of the world only. Give judge: openai:MODEL.")
-    names = {name.rpartition(".")[2] for name, _ in run.model.language_model.named_modules()}
-    unknown = [module for module in recipe.lora.modules if module not in names]
-    if unknown:
-        raise KokaneeError(f"lora.modules: the decoder has no {', '.join(unknown)}. Name parts such as q_proj.")
-
-
-def judge_of(recipe: MrdpoRecipe, replies: Path | None) -> Judge:
-    """The judge that the recipe names; its replies are kept in `replies`. Raises `KokaneeError` where it names none."""
-    kind, _, name = recipe.judge.partition(":")
-    if recipe.judge == "exact":
-        return ExactJudge()
-    if kind != "openai" or not name:
-        raise KokaneeError(f"There is no judge {recipe.judge!r}. Give exact or openai:MODEL.")
-    return ModelJudge(LanguageModelJudge(Asker(Endpoint(name, **recipe.judging.model_dump()), replies)))
-
-
 def total_of(found: dict[str, Any]) -> float:
     """The error by which rounds are compared: of greedy captions of the validation clips."""
     return found["greedy"]["total"]
@@ -243,7 +136,7 @@ def one_round(run: Run, number: int) -> dict[str, Any]:
         made = learnt(run, number)
         if run.team.is_main:
             write_json(place / TRAINING, {**made, "seconds": run.seconds})
-            keep_adapter(run.adapted, place)
+            keep_adapter(run, number)
         run.team.wait()
     if not (place / FIGURES).is_file():
         if run.team.is_main and not recipe.keep_media:
@@ -297,14 +190,9 @@ def learnt(run: Run, number: int) -> dict[str, Any]:
     if number < recipe.qa_from_round:
         lessons = [replace(lesson, questions=()) for lesson in lessons]
     random.Random(f"{recipe.seed}/{number}/lessons").shuffle(lessons)
-    check_enough(len(lessons), recipe)
+    check_enough(len(lessons), recipe, made.get("pairs", {}).get("dropped"))
     made["training"] = run.timed("train", lambda: trained(run, number, lessons))
     return made
-
-
-def told(run: Run, what: str, number: int) -> Callable[[int, int], None]:
-    """Reports of a piece of a round's work."""
-    return lambda done, total: run.report(f"round {number}, {what}", done, total, {})
 
 
 def numbers_of(run: Run, number: int) -> list[int]:
@@ -317,31 +205,7 @@ def numbers_of(run: Run, number: int) -> list[int]:
 
 def tasks_of(run: Run, number: int) -> list[Task]:
     """The clips of a round that can be read, in groups of like length."""
-    recipe, key = run.recipe, f"{run.recipe.seed}/{number}"
-    return tasks_for(run, run.clips, recipe.data.train, numbers_of(run, number), recipe.questions, key)
-
-
-def tasks_for(
-    run: Run, clips: Clips, data: WorldData | FileData, numbers: Sequence[int], n_questions: int, key: str
-) -> list[Task]:
-    """Tasks of the clips of these numbers that can be read, by length.
-
-    Raises `KokaneeError` where more of them cannot be read than `data` allows.
-    """
-    state = run.team.state
-    clips.readable(
-        numbers, lambda done, total: run.report("read", done, total, {}), (state.process_index, state.num_processes)
-    )
-    run.team.wait()
-    failed = clips.failed()
-    lost = [number for number in numbers if number in failed]
-    if isinstance(data, FileData) and len(lost) > data.unreadable * len(numbers):
-        raise KokaneeError(
-            f"{len(lost)} of {len(numbers)} files cannot be read, such as: {failed[lost[0]]} "
-            "Mend these files and start again, or begin in another folder, without them or with a higher unreadable."
-        )
-    left = sorted((number for number in numbers if number not in failed), key=lambda n: (clips.n_tokens(n), n))
-    return [clips.task(number, n_questions, key) for number in left]
+    return tasks_for(run, "train", numbers_of(run, number), f"{run.recipe.seed}/{number}")
 
 
 def lesson_of(task: Task, pairs: Sequence[tuple[str, str]] = ()) -> Lesson:
@@ -378,17 +242,6 @@ def pick(
         "rejected_words": sum(len(pair.rejected.split()) for pair in pairs) / count,
         **{f"sampled_{name}": sampled[name] for name in ("total", "hall", "repetition", "words")},
     }
-
-
-def check_enough(n_lessons: int, recipe: MrdpoRecipe) -> None:
-    """Raise `KokaneeError` where a round has too few lessons for one step and for its check."""
-    wanted = recipe.n_held_out + recipe.batch_size * recipe.processes * recipe.accumulate
-    if n_lessons < wanted:
-        raise KokaneeError(
-            f"A round learns from {n_lessons} clips here, but one step and its check take {wanted} "
-            f"({recipe.n_held_out} to check by). Begin in another folder with more clips, more samples, a lower "
-            "pairs.min_gap or smaller batches."
-        )
 
 
 def trained(run: Run, number: int, lessons: Sequence[Lesson]) -> dict[str, float]:
@@ -460,12 +313,19 @@ def references(run: Run, path: Path, objective: Preferences, number: int) -> lis
     return [table[lesson] for lesson in range(total)]
 
 
-def keep_adapter(model: PeftModel | None, place: Path) -> None:
-    """Write the round's adapter, whole or not at all; the checkpoint of its training is no longer needed then."""
-    assert model is not None
+def keep_adapter(run: Run, number: int) -> None:
+    """Write the round's adapter, whole or not at all, with what it belongs to; the checkpoint of its training is no
+    longer needed then."""
+    assert run.adapted is not None
+    place = run.place(number)
     unfinished = place / f".{ADAPTER}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(str(unfinished))
+    base = run.recipe.model
+    if run.recipe.proxy and number > 1:
+        base += f" with the adapters of rounds 1 to {number - 1} merged" if number > 2 else " with round 1 merged"
+    run.adapted.peft_config["default"].base_model_name_or_path = base
+    run.adapted.save_pretrained(str(unfinished))
+    write_text(unfinished / "README.md", f"Adapter of round {number} of mrDPO (Kokanee). Its base is {base}.\n")
     unfinished.rename(place / ADAPTER)
     (place / TRAIN / CHECKPOINT).unlink(missing_ok=True)
 
@@ -475,7 +335,8 @@ def evaluated(run: Run, number: int) -> dict[str, Any]:
     of a round how far the model has moved, in nats a caption: KL from the model without the adapter."""
     recipe, place, made = run.recipe, run.place(number), {}
     numbers = range(min(recipe.validation_clips, len(run.validation)))
-    tasks = tasks_for(run, run.validation, recipe.data.validation, numbers, recipe.questions, "validation")
+    tasks = tasks_for(run, "validation", numbers, "validation")
+    made["clips"] = len(tasks)
     for name, file, temperature in (("greedy", GREEDY, 0.0), ("sampled", SAMPLED, 1.0)):
         decoding = Decoding(temperature, 1.0, recipe.seed, recipe.max_new_tokens)
         report = told(run, f"check, {name}", number)
@@ -484,6 +345,11 @@ def evaluated(run: Run, number: int) -> dict[str, Any]:
         judged = verdicts(path, run.judge, tasks, drafts, run.team, report, recipe.unjudged)
         rows = [candidates(*row) for row in zip(drafts, judged, strict=True)]
         judged_ones = [one for row in rows for one in row]
+        if not judged_ones:
+            raise KokaneeError(
+                f"None of {len(drafts)} captions of the validation clips has a verdict, so nothing can be measured. "
+                "Begin in another folder, with more validation clips or another judge."
+            )
         made[name] = {**figures(judged_ones), "unjudged": len(drafts) - len(judged_ones)}
         # Without a proxy the model without its adapter is that of the first round, whatever the round.
         if name == "sampled" and run.adapted is not None and (recipe.proxy or number == 1):

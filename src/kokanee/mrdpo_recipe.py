@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, Tag, model_validator
 
 from kokanee.captions import Decoding
 from kokanee.clips import FileData, WorldData
@@ -42,13 +42,24 @@ class Judging(BaseModel):
     prices: tuple[float, float] | None = None
 
 
+def kind_of(data: Any) -> str:
+    """Which clips settings are of, by the names of the settings; so that mistakes in them are told as those of one."""
+    names = data if isinstance(data, dict) else type(data).model_fields if isinstance(data, BaseModel) else ()
+    return FileData.__name__ if set(names) & set(FileData.model_fields) else WorldData.__name__
+
+
+Source = Annotated[
+    Annotated[WorldData, Tag(WorldData.__name__)] | Annotated[FileData, Tag(FileData.__name__)], Discriminator(kind_of)
+]
+
+
 class Data(BaseModel):
     """The clips: to learn from, and to be measured by after each round."""
 
     model_config = FORBID
 
-    train: WorldData | FileData
-    validation: WorldData | FileData
+    train: Source
+    validation: Source
 
 
 class MrdpoRecipe(Training):

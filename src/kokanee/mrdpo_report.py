@@ -29,6 +29,9 @@ CAPTIONS, VERDICTS = "validation.jsonl", "validation-verdicts.jsonl"
 DROPPED, HELD_OUT = "dropped: ", "validation/"
 SHOWN, BINS = 12, 20
 COUNTED = ("missed", "incorrect", "hallucinated")
+REWARDS = """In DPO a reward is beta times the log-probability of a caption less its log-probability under the round's
+reference; the margin is that of the chosen less that of the rejected. Held-out pairs are of the round, and were not
+trained on."""
 LOSSES = {
     "gdpo": "gDPO, beta {beta}, weight of the ground truth {gt_weight}",
     "dpo": "DPO, beta {beta}",
@@ -42,9 +45,11 @@ GROUPS = {
     "training": "The last step of training",
     "seconds": "Time",
 }
+OF_MODEL = {"qa": "answers", "kl": "kl", "clips": "clips"}
 LABELS = {
     **NAMES,
     "answers": "Questions answered rightly",
+    "clips": "Validation clips",
     "qa": "Cross-entropy of the answers",
     "kl": "KL to the round's reference",
     "dpo": "DPO loss",
@@ -102,6 +107,7 @@ def run_page(folder: Path) -> str:
         "outcome": "".join(f"<p>{html.escape(text)}</p>" for text in outcome(recipe, rounds)),
         "captions": "".join(caption_plots(recipe["rounds"], finished)),
         "training": "".join(training_plots(recipe, rounds)),
+        "rewards": "" if recipe.get("loss") == "ce" else REWARDS,
         "table": table(finished),
         "changes": changes(finished),
     }
@@ -140,7 +146,7 @@ def grouped(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     lost = {f"{DROPPED}{reason}": count for reason, count in pairs.pop("dropped", {}).items()}
     return {
         **{group: metrics.get(group) or {} for group in GROUPS},
-        "model": {label: metrics[name] for name, label in (("qa", "answers"), ("kl", "kl")) if name in metrics},
+        "model": {label: metrics[name] for name, label in OF_MODEL.items() if name in metrics},
         "pairs": {**made, **lost, **pairs},
     }
 
@@ -159,10 +165,12 @@ def about(recipe: Mapping[str, Any], finished: Sequence[Round]) -> str:
     loss = LOSSES.get(recipe["loss"], recipe["loss"])
     lora = "LoRA of rank {r}, alpha {alpha}, ".format_map(defaultdict(lambda: "not known", recipe.get("lora", {})))
     took = sum(known(value) or 0.0 for one in finished for value in one.figures["seconds"].values())
+    rates = recipe.get("rates") or [1.0]
+    slower = f" x {', '.join(f'{rate:g}' for rate in rates)}" if set(rates) != {1.0} else ""
     told = {
         "Model": recipe["model"],
         "Loss": str(loss).format_map(recipe),
-        "Rounds": "{rounds} of {steps} steps, learning rate {learning_rate}".format_map(recipe),
+        "Rounds": "{rounds} of {steps} steps, learning rate {learning_rate}".format_map(recipe) + slower,
         "Captions": captions.format_map(recipe),
         "Adapter": lora + ("new and merged every round" if recipe.get("proxy") else "the same in all rounds"),
         "Took": duration(took) if took else "",
@@ -209,7 +217,9 @@ def went(first: Round, last: Round) -> str:
         before, after = first.figure(group, "total"), last.figure(group, "total")
         if before is not None and after is not None:
             share = 100.0 * (after - before) / before if before else 0.0
-            change = f"from {before:.1f} % to {after:.1f} % ({abs(share):.1f} % {'more' if share > 0 else 'less'})"
+            size = f"{abs(share):.1f}"
+            moved = "no change" if size == "0.0" else f"{size} % {'more' if share > 0 else 'less'}"
+            change = f"from {before:.1f} % to {after:.1f} % ({moved})"
             phrases.append(f"{after:.1f} %" if first is last else change)
     return ", at temperature 1 ".join(phrases).replace(" %", "\u00a0%")
 
@@ -266,10 +276,11 @@ def training_plots(recipe: Mapping[str, Any], rounds: Sequence[Round]) -> list[s
         Series("chosen", "right", "line", by_round(finished, "pairs", "chosen_score")),
     ]
     moved = [Series("the new model", "first", "line", by_round(finished, "model", "kl"))]
+    first_only = "" if recipe.get("proxy", True) else "; measured in round 1 only, as the adapter goes on"
     return [
         plot("Pairs", "a round", pairs, n_rounds, 0),
         plot("Error of the pairs' captions", "share of events", scores, n_rounds, 2),
-        plot("KL to the round's reference", "nats a caption", moved, n_rounds, 2),
+        plot("KL to the round's reference", f"nats a caption{first_only}", moved, n_rounds, 2),
         plot("Reward margin", "", learnt("margin"), n_rounds, 2),
         plot("Accuracy", "share of pairs with chosen above rejected", learnt("accuracy"), n_rounds, 2),
         plot("Loss", "", learnt("loss"), n_rounds, 3),

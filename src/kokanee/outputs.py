@@ -85,7 +85,7 @@ def key_of(record: Record) -> str:
     return record.get("path") or file_key(record["file"])
 
 
-def read_records(path: Path) -> dict[str, Record]:
+def read_records(path: str | Path) -> dict[str, Record]:
     """`file_key` of a file -> its last record, of a file of records. Raises `KokaneeError` for what is none."""
     found = {}
     for number, record in enumerate(read_jsonl(path), 1):

@@ -85,13 +85,10 @@ class Pair:
         return {"version": VERSION, **asdict(self)}
 
     def as_trl(self) -> dict[str, Any]:
-        """Preference data of TRL, conversational, with the file beside it."""
-        return {
-            "file": self.file,
-            "prompt": [{"role": "user", "content": self.prompt}],
-            "chosen": [{"role": "assistant", "content": self.chosen}],
-            "rejected": [{"role": "assistant", "content": self.rejected}],
-        }
+        """Preference data of TRL, conversational; all that a pair has besides (file, interval, scores) beside it."""
+        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        said = {name: [{"role": role, "content": getattr(self, name)}] for name, role in roles.items()}
+        return asdict(self) | said
 
 
 def picked(candidates: Sequence[Candidate], rules: PairRules) -> tuple[list[tuple[Candidate, Candidate]], Counter[str]]:
@@ -112,12 +109,14 @@ def picked(candidates: Sequence[Candidate], rules: PairRules) -> tuple[list[tupl
     return found, +Counter({ALIKE: len(tried) - len(apart), SILENT: len(apart) - len(found)})
 
 
-def read_pairs(path: Path) -> list[Pair]:
-    """Pairs from JSON lines of our own, or from a list in either published form. Raises `KokaneeError` for others.
+def read_pairs(path: str | Path) -> list[Pair]:
+    """Pairs from JSON lines of our own or in TRL's form, or from a list in either published form. Raises
+    `KokaneeError` for others.
 
     In the first model's form "gpt" is the chosen answer beside "reject_gpt" and "gt"; in video-SALMONN 2+'s it is the
     ground truth beside "chosen" and "reject".
     """
+    path = Path(path)
     if not path.is_file():
         raise KokaneeError(f"{path} is not there. Give a file of preference pairs.")
     if not path.stat().st_size:
@@ -134,12 +133,23 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def of_record(record: Any, where: str) -> Pair:
-    """A pair as `Pair.as_record` keeps it."""
-    known = isinstance(record, dict) and record.get("version") == VERSION
-    texts = [record.get(name) for name in ("file", "prompt", "chosen", "rejected")] if known else []
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise KokaneeError(f"{where} is no preference pair in version {VERSION}. Give a file of pairs.")
-    return Pair(**{name: record[name] for name in Pair.__dataclass_fields__ if name in record})
+    """A pair as `Pair.as_record` or `Pair.as_trl` gives it."""
+    names = ("file", "prompt", "chosen", "rejected")
+    known = isinstance(record, dict) and record.get("version", VERSION) == VERSION
+    texts: dict[str, Any] = {name: content(record.get(name)) for name in names} if known else {}
+    if not texts or None in texts.values():
+        raise KokaneeError(
+            f"{where} is no preference pair in version {VERSION}. Give a file of pairs, each with {', '.join(names)}."
+        )
+    return Pair(**{name: record[name] for name in Pair.__dataclass_fields__ if name in record} | texts)
+
+
+def content(said: Any) -> str | None:
+    """A text, alone or as the one turn of a conversation; None for anything else."""
+    match said:
+        case str(text) | [{"content": str(text)}]:
+            return text
+    return None
 
 
 def of_published(item: Any, where: str) -> Pair:

@@ -55,13 +55,14 @@ def plot(title: str, unit: str, series: Sequence[Series], rounds: int, decimals:
     bars = [one for one in known if one.drawn == "bars"]
     others = [one for one in known if one.drawn != "bars"]
     heights = [top for *_, top in stacked(bars)] + [y for one in others for _, y in one.points]
-    axes = Axes(ticks(min(0.0, *heights) if bars else min(heights), max(heights)), rounds, 0.5 if bars else 0.15)
+    lowest = min(0.0, *heights) if bars else min(heights)
+    axes = Axes(ticks(lowest, max(heights), 10.0**-decimals), rounds, 0.5 if bars else 0.15)
     drawn = "".join([frame(axes), columns(axes, bars, decimals), *(traced(axes, one, decimals) for one in others)])
     last = [one.points[-1][1] for one in known]
-    told = "; ".join([title, *(f"{one.name} {value:.{decimals}f}" for one, value in zip(known, last, strict=True))])
+    told = "; ".join([title, *(f"{one.name} {shown(value, decimals)}" for one, value in zip(known, last, strict=True))])
     legend = "".join(
         f'<span><i class="{one.drawn} {one.kind}"></i>{html.escape(one.name)}'
-        + ("" if one.drawn == "curve" else f" <strong>{value:.{decimals}f}</strong>")
+        + ("" if one.drawn == "curve" else f" <strong>{shown(value, decimals)}</strong>")
         + "</span>"
         for one, value in zip(known, last, strict=True)
     )
@@ -72,9 +73,15 @@ def plot(title: str, unit: str, series: Sequence[Series], rounds: int, decimals:
     )
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers in even steps, the first not above `low`, the last not below `high`."""
-    span = high - low or abs(high) / 10 or 1.0
+def shown(value: float, decimals: int) -> str:
+    """A number with so many decimals; what rounds to nothing has no sign."""
+    return f"{round(value, decimals) + 0.0:.{decimals}f}"
+
+
+def ticks(low: float, high: float, smallest: float = 0.0) -> list[float]:
+    """Three to six round numbers in even steps of `smallest` or more, the first not above `low`, the last not below
+    `high`."""
+    span = max(high - low or abs(high) / 10 or 1.0, 4 * smallest)
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = next(size * power for size in (1, 2, 2.5, 5, 10) if size * power >= span / 4)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -129,4 +136,4 @@ def traced(axes: Axes, one: Series, decimals: int) -> str:
 
 def hint(one: Series, x: float, y: float, decimals: int) -> str:
     """What is told where the mouse rests."""
-    return f"<title>Round {x:g}: {html.escape(one.name)} {y:.{decimals}f}</title>"
+    return f"<title>Round {x:g}: {html.escape(one.name)} {shown(y, decimals)}</title>"

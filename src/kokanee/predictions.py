@@ -43,7 +43,7 @@ class Prediction:
     cut: Cut | None = None
 
 
-def read_predictions(path: Path) -> list[Prediction]:
+def read_predictions(path: str | Path) -> list[Prediction]:
     """All captions of a file, and an empty one for each file or interval that has none.
 
     Reads the JSON lines of `kokanee caption`, and items in a list or in JSON lines: of the published result format
@@ -51,6 +51,7 @@ def read_predictions(path: Path) -> list[Prediction]:
     and plain ones (`{"file": "0.mp4", "caption": "..."}`, of an interval also "start_s" and "end_s"). Raises
     `KokaneeError` for anything else.
     """
+    path = Path(path)
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "is not there"
         raise KokaneeError(f"{path} {problem}. Give a file of captions.")

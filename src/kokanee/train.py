@@ -182,7 +182,8 @@ def claim(
             for recipe_of in ({**defaults, **before["recipe"]}, settings["recipe"])
         ]
         differing = differences(*compared)
-        differing += differences(before.get("start", {}), settings["start"])
+        was, now = before.get("start", {}), settings["start"]
+        differing += [f"other {name} than before" for name in {**was, **now} if was.get(name) != now.get(name)]
         if not differing and before == settings:
             return
         if differing and any((folder / name).exists() for name in begun):
