@@ -110,6 +110,21 @@ def test_a_file_that_was_mended_is_read(tiny, data, media, tmp_path):
     assert not clips.failed() and clips.view(0).block.kind == "video"
 
 
+def test_a_run_that_too_many_files_stopped_tries_them_again(tiny_checkpoint, data, tmp_path, monkeypatch):
+    found, settings = data("first.mp4", "second.mp4"), {"clips": 2, "validation_clips": 2}
+
+    def away(self: FileClips, number: int) -> None:
+        raise KokaneeError("The disk is away.")
+
+    with serving(judged) as (_, url):
+        recipe = recipe_of(found, tiny_checkpoint, url).model_copy(update=settings)
+        with monkeypatch.context() as patch, pytest.raises(KokaneeError, match=r"2 of 2 files.*The disk is away"):
+            patch.setattr(FileClips, "watched", away)
+            run(recipe, tmp_path / "run")
+        with pytest.raises(KokaneeError, match="takes 4"):  # the files are read now
+            run(recipe, tmp_path / "run")
+
+
 def test_processes_that_share_the_work_leave_no_clip_out(tiny, data, tmp_path):
     clips = FileClips(*tiny, data("first.mp4", "second.mp4", "silent.mp4"), tmp_path / "store", "What happens?")
     for share in (0, 1):  # the second starts when the first is done

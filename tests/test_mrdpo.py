@@ -13,7 +13,7 @@ from accelerate import PartialState
 from pydantic import ValidationError
 
 from kill_mrdpo import kill_often
-from kokanee import mrdpo
+from kokanee import formats, mrdpo
 from kokanee.adapters import load_adapter, merge
 from kokanee.checkpoints import base_of, load
 from kokanee.clips import WorldClips, WorldData
@@ -22,8 +22,9 @@ from kokanee.errors import KokaneeError
 from kokanee.formats import alone_in, read_json, read_jsonl, write_json
 from kokanee.mrdpo import best, is_over, run_mrdpo
 from kokanee.mrdpo_recipe import MrdpoRecipe
+from kokanee.mrdpo_run import check_enough, opened
 from kokanee.pairs import read_pairs
-from mrdpo_runs import run, small_recipe, weights
+from mrdpo_runs import quiet, run, small_recipe, weights
 from together import run_together
 
 
@@ -144,6 +145,36 @@ def test_a_run_goes_on_with_more_rounds_and_another_budget(recipe, whole, tmp_pa
     assert weights(tmp_path / "longer") == weights(whole)
 
 
+def test_a_run_stopped_in_training_goes_on_with_other_settings_that_are_free(recipe, whole, tmp_path):
+    def stop(what: str, done: int, total: int, figures: dict[str, float]) -> None:
+        if (what, done) == ("round 1, train", 2):
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_mrdpo(recipe(rounds=1, save_every=2), tmp_path / "run", stop)
+    assert (tmp_path / "run" / "round-01" / "train" / "checkpoint.safetensors").is_file()
+    run(recipe(caption_batch=3, log_every=2, keep="last", judging={"concurrency": 2}, unjudged=0.1), tmp_path / "run")
+    assert weights(tmp_path / "run") == weights(whole)
+
+
+def test_a_new_run_may_have_replies_of_an_old_one_beside_it_and_nothing_else(recipe, tmp_path):
+    (tmp_path / "replies.jsonl").touch()
+    run(recipe(rounds=1), tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "pairs.jsonl").touch()
+    with pytest.raises(KokaneeError, match="holds other files"):
+        run(recipe(rounds=1), tmp_path / "other")
+
+
+def test_what_a_killed_writer_left_is_removed(recipe, whole):
+    left = [whole / ".model.abc.tmp", whole / "round-02" / ".adapter.tmp", whole / "round-01" / ".pairs.jsonl.7.tmp"]
+    for path in left[:2]:
+        (path / "new").mkdir(parents=True)
+    left[2].touch()
+    run(recipe(), whole)
+    assert not any(path.exists() for path in left) and (whole / "model").is_dir()
+
+
 def test_a_run_begun_before_there_was_a_setting_had_its_default(whole, recipe):
     state = read_json(whole / "state.json")
     del state["recipe"]["unjudged"], state["recipe"]["qa_weight"]
@@ -153,7 +184,8 @@ def test_a_run_begun_before_there_was_a_setting_had_its_default(whole, recipe):
         run(recipe(qa_weight=0.3), whole)
 
 
-def test_two_do_not_work_in_one_folder(recipe, tmp_path):
+def test_two_do_not_work_in_one_folder(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "LOCK_WAIT_S", 0.1)
     with alone_in(tmp_path / "run"), pytest.raises(KokaneeError, match="Another process works in"):
         run(recipe(), tmp_path / "run")
 
@@ -205,9 +237,17 @@ def test_a_run_in_bfloat16_that_recomputes_activations_learns_without_complaints
     assert math.isfinite(found[1]["greedy"]["total"]) and found[1]["kl"] is not None
     first = read_jsonl(tmp_path / "run" / "round-01" / "train" / "metrics.jsonl")[0]
     assert first["dpo"] == pytest.approx(math.log(2), abs=1e-3)
+    assert not [str(warning.message) for warning in recwarn if "checkpoint" in str(warning.message)]
     model, _ = load(tmp_path / "run" / "model")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert not [str(warning.message) for warning in recwarn if "checkpoint" in str(warning.message)]
+
+
+def test_a_run_in_bfloat16_turns_positions_as_the_saved_model_does(recipe, tiny_checkpoint, tmp_path):
+    model = opened(recipe(dtype="bfloat16"), tmp_path / "run", quiet).model
+    saved, _ = load(tiny_checkpoint, dtype="bfloat16")
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    speeds = dict(model.named_buffers())
+    assert speeds and all(torch.equal(speeds[name], value) for name, value in saved.named_buffers())
 
 
 def test_two_processes_do_what_one_does_with_twice_the_batches(recipe, tmp_path):
@@ -248,9 +288,20 @@ def test_patience_counts_rounds_since_the_best():
 
 
 def test_too_few_pairs_are_told_with_what_helps(recipe, tmp_path):
-    with pytest.raises(KokaneeError, match=r"6 clips here, but takes 18: 12 for one step and 6 to check by.*min_gap"):
+    with pytest.raises(
+        KokaneeError, match=r"6 clips here, but takes 18: 12 for one step and 6 to check by.*smaller batches"
+    ):
         run(recipe(batch_size=6), tmp_path / "run")
     assert not (tmp_path / "run" / "round-00").exists()
+
+
+def test_a_late_round_that_lacks_pairs_may_be_the_end(recipe):
+    with pytest.raises(
+        KokaneeError, match=r"\(3: all captions the same\).*Let the run end here with --rounds 3, or begin"
+    ):
+        check_enough(2, recipe(batch_size=2), 4, {"all captions the same": 3})
+    with pytest.raises(KokaneeError, match=r"Give more clips or smaller batches\."):
+        check_enough(2, recipe(batch_size=2))
 
 
 def test_an_adapter_names_what_it_is_on(whole, tiny_checkpoint):
@@ -279,7 +330,8 @@ def test_references_and_policy_are_computed_alike(recipe):
     ("replaced", "message"),
     [
         ({"judge": "gpt-4o"}, "no judge 'gpt-4o'"),
-        ({"lora": {"modules": ["q_proj", "kproj"]}}, "the decoder has no kproj"),
+        ({"lora": {"modules": ["q_proj", "kproj"]}}, "kproj cannot be adapted. Give some of q_proj"),
+        ({"lora": {"modules": ["mlp"]}}, "mlp cannot be adapted"),
         ({"samples": 1, "temperatures": [1.0]}, "gives no pairs"),
         ({"clips": 7}, "clips: 7 in a round, but there are 6"),
         ({"processes": 2}, "processes: 2, but 1 run"),

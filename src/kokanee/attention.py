@@ -68,6 +68,7 @@ def branch_attention(
     attention_mask: torch.Tensor | None = None,
     *,
     branches: Sequence[Sequence[int]] | None = None,
+    before: tuple[torch.Tensor, torch.Tensor] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **unused: Any,
@@ -76,14 +77,20 @@ def branch_attention(
 
     `branches`: of each sequence the lengths of its prompt and of each answer; what comes after is padding, whose states
     are 0. They must be given, and no mask: without them answers would see each other, which nobody would notice.
+    `before`: keys and values of the first tokens, all of prompts, where the others are given without them.
     """
     if branches is None or attention_mask is not None:
         raise ValueError("Packed answers need their lengths (`branches`) and no mask.")
     seen_BSHD = query_BHSD.new_zeros(query_BHSD.transpose(1, 2).shape)
+    left_out = 0 if before is None else before[0].shape[2]
+    if before is not None:
+        key_BHSD, value_BHSD = (torch.cat(parts, dim=2) for parts in zip(before, (key_BHSD, value_BHSD), strict=True))
     for row, (prompt, *answers) in enumerate(branches):
         query_HSD, key_HSD, value_HSD = query_BHSD[row], key_BHSD[row], value_BHSD[row]
         how: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True}
-        parts = [attend(query_HSD[:, :prompt], key_HSD[:, :prompt], value_HSD[:, :prompt], how)]
+        parts = []
+        if prompt > left_out:
+            parts.append(attend(query_HSD[:, : prompt - left_out], key_HSD[:, :prompt], value_HSD[:, :prompt], how))
         start = prompt
         for length in answers:
             stop = start + length
@@ -91,9 +98,9 @@ def branch_attention(
                 torch.cat([states_HSD[:, :prompt], states_HSD[:, start:stop]], dim=1)
                 for states_HSD in (key_HSD, value_HSD)
             )
-            parts.append(attend(query_HSD[:, start:stop], key_HLD, value_HLD, how))
+            parts.append(attend(query_HSD[:, start - left_out : stop - left_out], key_HLD, value_HLD, how))
             start = stop
-        seen_BSHD[row, :start] = torch.cat(parts, dim=1).transpose(0, 1)
+        seen_BSHD[row, : start - left_out] = torch.cat(parts, dim=1).transpose(0, 1)
     return seen_BSHD, None
 
 

@@ -26,7 +26,7 @@ from kokanee import published
 from kokanee.adapters import ADAPTER_CONFIG, load_adapter, merge
 from kokanee.base import make_base
 from kokanee.errors import KokaneeError
-from kokanee.formats import READABLE, read_json
+from kokanee.formats import READABLE, UNFINISHED, read_json
 from kokanee.model import Kokanee, KokaneeConfig
 from kokanee.processor import CONFIG_FILE, Processor
 from kokanee.weights import (
@@ -284,7 +284,7 @@ def replaced(folder: Path) -> Iterator[Path]:
     if folder.exists() and not is_own(folder) and (folder.is_file() or any(folder.iterdir())):
         raise KokaneeError(f"{folder} exists and is no Kokanee folder. Choose another place, or remove it first.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=UNFINISHED, dir=folder.parent))
     unfinished, old = work / "new", work / "old"
     unfinished.mkdir()
     try:

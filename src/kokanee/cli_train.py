@@ -117,7 +117,7 @@ def train_rounds(settings: dict[str, Any], source: str, out: Path, command: Sequ
     processes = settings.get("processes", 1)
     if isinstance(processes, int) and processes > 1 and not is_worker():
         raise typer.Exit(launch(processes, command))
-    from kokanee.mrdpo import run_mrdpo, table
+    from kokanee.mrdpo import best, run_mrdpo, table
     from kokanee.mrdpo_recipe import MrdpoRecipe
 
     with as_worker():
@@ -129,7 +129,8 @@ def train_rounds(settings: dict[str, Any], source: str, out: Path, command: Sequ
         if is_main():
             say(f"{found[-1]['clips']} validation clips, per cent of their events")
             typer.echo("\n".join(table(found)))
-            say(f"model: {out / 'model'}; what happened: {out / 'report.html'}")
+            kept = best(found) if recipe.keep == "best" else len(found) - 1
+            say(f"model (of round {kept}): {out / 'model'}; what happened: {out / 'report.html'}")
 
 
 def read_settings(recipe: Path, replaced: Sequence[str]) -> dict[str, Any]:

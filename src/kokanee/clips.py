@@ -89,6 +89,10 @@ class Clips(Protocol):
         """Clips that could not be read, and why."""
         ...
 
+    def try_again(self) -> None:
+        """Forget which clips could not be read, so that they are tried when they are wanted again."""
+        ...
+
     def forget(self, numbers: Sequence[int]) -> None:
         """Give back the room that encoded clips take; they are encoded again when they are wanted again."""
         ...
@@ -157,6 +161,9 @@ class WorldClips:
 
     def failed(self) -> dict[int, str]:
         return {}
+
+    def try_again(self) -> None:
+        pass
 
     def forget(self, numbers: Sequence[int]) -> None:
         for number in numbers:
@@ -227,7 +234,9 @@ class FileClips:
                 "(kokanee events), or remove these captions."
             )
         self.known = [
-            Known(said.file, Path(data.videos) / said.file, said.text, truth) for said, truth in found if truth
+            Known(said.file, Path(data.videos) / said.file, said.text, replace(truth, file=said.file))
+            for said, truth in found
+            if truth
         ]
         self.asked = questions_of(Path(data.questions), [said.file for said in told]) if data.questions else {}
 
@@ -262,6 +271,10 @@ class FileClips:
             record for record in records if record["version_of_file"] == version_of(self.known[record["clip"]].path)
         ]
         return {record["clip"]: record["reason"] for record in same}
+
+    def try_again(self) -> None:
+        for path in self.store.glob(UNREADABLE.format("*")):
+            path.unlink(missing_ok=True)
 
     def forget(self, numbers: Sequence[int]) -> None:
         for number in numbers:

@@ -29,7 +29,7 @@ from kokanee.processor import Processor
 from kokanee.scoring import Item, Judge, judge_all
 
 VERSION = 1
-ANSWERING = Decoding(max_new_tokens=16)
+ANSWER_TOKENS = 16
 Done = Callable[[int, int], None]
 Found = TypeVar("Found")
 
@@ -133,11 +133,13 @@ class Writer:
 
     def right_answers(self, clips: Clips, tasks: Sequence[Task]) -> float | None:
         """The share of questions about the clips that are answered rightly, in per cent; None where none is known."""
-        asked = [(task.asking(question), answer) for task in tasks for question, answer in task.questions]
+        asked = [(task.asking(question), answer.strip()) for task in tasks for question, answer in task.questions]
+        longest = max((len(self.processor.tokenizer(answer)["input_ids"]) for _, answer in asked), default=0)
+        decoding = Decoding(max_new_tokens=max(ANSWER_TOKENS, longest + 1))
         groups = [asked[at : at + self.batch_size] for at in range(0, len(asked), self.batch_size)]
 
         def work(group: Sequence[tuple[Task, str]]) -> list[bool]:
-            said = self.said(clips, [task for task, _ in group], ANSWERING)
+            said = self.said(clips, [task for task, _ in group], decoding)
             return [
                 text.strip().lower() == answer.lower() for ((text, _),), (_, answer) in zip(said, group, strict=True)
             ]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ UTF8: Any = {"encoding": "utf-8", "errors": "surrogateescape"}
 """How text is stored: UTF-8, and names of files that are none byte by byte as they are."""
 
 LOCK = ".lock"
+LOCK_WAIT_S = 8.0  # a process that made batches notices within 5 s that the one it worked for is gone
+UNFINISHED = ".tmp"
 UMASK = os.umask(0)
 os.umask(UMASK)
 READABLE = 0o666 & ~UMASK
@@ -41,7 +44,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
         return
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         yield unfinished
         unfinished.chmod(READABLE)
@@ -164,22 +167,28 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Nobody else works in the folder meanwhile. Raises `KokaneeError` where somebody does."""
+    """Nobody else works in the folder meanwhile, and what a killed process left half written is gone. Raises
+    `KokaneeError` where somebody works there."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)  # the system lets go of it when the process ends, however it ends
+    # The system lets go of the lock when the process ends, however it ends, and those that it had forked.
+    lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=LOCK_WAIT_S)
     except Timeout:
         raise KokaneeError(f"Another process works in {folder}. Wait for it, or end it.") from None
     try:
+        for path in folder.rglob(f".*{UNFINISHED}"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
 
 
-def refuse_foreign(folder: Path, state: str) -> None:
-    """Raise `KokaneeError` for a folder that holds files, but not the file `state` of an earlier run in it."""
-    names = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+def refuse_foreign(folder: Path, state: str, brought: Sequence[str] = ()) -> None:
+    """Raise `KokaneeError` for a folder that holds files, but not the file `state` of an earlier run in it. Hidden
+    files do not count, nor do those named in `brought`."""
+    there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    names = sorted(name for name in there if name[0] != "." and name not in brought)
     if names and state not in names:
         raise KokaneeError(f"{folder} holds other files (such as {names[0]}) and no {state}. Choose an empty folder.")
 

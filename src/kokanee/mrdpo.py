@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from peft import LoraConfig, PeftModel
 
 from kokanee.adapters import load_adapter, merge, wrapped
@@ -30,10 +31,10 @@ from kokanee.clips import Task
 from kokanee.defaults import Defaults, origin
 from kokanee.drafts import candidates, device_of, figures, verdicts
 from kokanee.errors import KokaneeError, memory_said
-from kokanee.formats import alone_in, read_json, write_json, write_jsonl, write_text
+from kokanee.formats import UNFINISHED, alone_in, read_json, write_json, write_jsonl, write_text
 from kokanee.launch import is_main
 from kokanee.model import Kokanee
-from kokanee.mrdpo_recipe import Lora, MrdpoRecipe
+from kokanee.mrdpo_recipe import FREE, Lora, MrdpoRecipe
 from kokanee.mrdpo_report import run_page
 from kokanee.mrdpo_run import Progress, Run, check_enough, opened, tasks_for, told
 from kokanee.pairs import Pair, dropped, picked
@@ -67,7 +68,8 @@ def rounds(run: Run) -> list[dict[str, Any]]:
         found.append(one_round(run, len(found)))
     kept = best(found) if recipe.keep == "best" else len(found) - 1
     made = {"version": VERSION, "kept": kept, "rounds": found}
-    if (folder / MODEL).is_dir() and (folder / FIGURES).is_file() and read_json(folder / FIGURES) == made:
+    there = (folder / MODEL).is_dir() and (folder / FIGURES).is_file() and read_json(folder / FIGURES) == made
+    if gather_object([there])[0]:  # the main process decides: it may be writing them already when others look
         return found
     model = merge(run.adapted) if run.adapted is not None else run.model
     if kept < len(found) - 1:
@@ -139,7 +141,7 @@ def one_round(run: Run, number: int) -> dict[str, Any]:
             keep_adapter(run, number)
         run.team.wait()
     if not (place / FIGURES).is_file():
-        if run.team.is_main and not recipe.keep_media:
+        if not recipe.keep_media:
             run.clips.forget(numbers_of(run, number))
         made = read_json(place / TRAINING)
         run.seconds = made.pop("seconds")
@@ -190,7 +192,7 @@ def learnt(run: Run, number: int) -> dict[str, Any]:
     if number < recipe.qa_from_round:
         lessons = [replace(lesson, questions=()) for lesson in lessons]
     random.Random(f"{recipe.seed}/{number}/lessons").shuffle(lessons)
-    check_enough(len(lessons), recipe, made.get("pairs", {}).get("dropped"))
+    check_enough(len(lessons), recipe, number, made.get("pairs", {}).get("dropped", {}))
     made["training"] = run.timed("train", lambda: trained(run, number, lessons))
     return made
 
@@ -277,6 +279,7 @@ def trained(run: Run, number: int, lessons: Sequence[Lesson]) -> dict[str, float
             place / TRAIN,
             weights,
             lambda step, said: run.report(f"round {number}, train", step, recipe.steps, said),
+            free=FREE,
         )
     model.eval()
     if recipe.gradient_checkpointing:
@@ -318,7 +321,7 @@ def keep_adapter(run: Run, number: int) -> None:
     longer needed then."""
     assert run.adapted is not None
     place = run.place(number)
-    unfinished = place / f".{ADAPTER}.tmp"
+    unfinished = place / f".{ADAPTER}{UNFINISHED}"
     shutil.rmtree(unfinished, ignore_errors=True)
     base = run.recipe.model
     if run.recipe.proxy and number > 1:

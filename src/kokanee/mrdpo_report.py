@@ -100,11 +100,12 @@ class Told:
 
 def run_page(folder: Path) -> str:
     """The page of the run in a folder. Raises `KokaneeError` where there is none, or one of another stage."""
-    recipe, rounds = recipe_of(folder), rounds_of(folder)
+    recipe = recipe_of(folder)
+    rounds = [one for one in rounds_of(folder) if one.number <= recipe["rounds"]]
     finished = [one for one in rounds if one.figures]
     parts = {
         "about": about(recipe, finished),
-        "outcome": "".join(f"<p>{html.escape(text)}</p>" for text in outcome(recipe, rounds)),
+        "outcome": "".join(f"<p>{html.escape(text)}</p>" for text in [*outcome(recipe, rounds), *left(folder)]),
         "captions": "".join(caption_plots(recipe["rounds"], finished)),
         "training": "".join(training_plots(recipe, rounds)),
         "rewards": "" if recipe.get("loss") == "ce" else REWARDS,
@@ -173,7 +174,7 @@ def about(recipe: Mapping[str, Any], finished: Sequence[Round]) -> str:
         "Rounds": "{rounds} of {steps} steps, learning rate {learning_rate}".format_map(recipe) + slower,
         "Captions": captions.format_map(recipe),
         "Adapter": lora + ("new and merged every round" if recipe.get("proxy") else "the same in all rounds"),
-        "Took": duration(took) if took else "",
+        "Took": f"{duration(took)} since each round was last begun" if took else "",
         "Made by": f"kokanee {kokanee.__version__}",
     }
     return "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in told.items() if value)
@@ -198,7 +199,7 @@ def outcome(recipe: Mapping[str, Any], rounds: Sequence[Round]) -> list[str]:
         elif best is not last:
             sentences.append(f"It was lowest after round {best.number}, on these same clips: {went(first, best)}.")
     patience = recipe.get("patience")
-    if patience and last.number - best.number >= patience:
+    if patience and last.number - best.number >= patience and last.number < recipe["rounds"]:
         sentences.append(f"Stopped early: {patience} rounds brought no lower error.")
     elif last.number < recipe["rounds"]:
         reached = [
@@ -208,6 +209,13 @@ def outcome(recipe: Mapping[str, Any], rounds: Sequence[Round]) -> list[str]:
         ]
         sentences.append(f"Not finished: {last.number} of {recipe['rounds']} rounds are done{''.join(reached)}.")
     return sentences
+
+
+def left(folder: Path) -> list[str]:
+    """Which round the model is of, where that is not the last."""
+    found = read_json(folder / METRICS) if (folder / METRICS).is_file() else {"kept": 0, "rounds": [{}]}
+    last = len(found["rounds"]) - 1
+    return [f"The model is that of round {found['kept']}, the best."] if found["kept"] < last else []
 
 
 def went(first: Round, last: Round) -> str:

@@ -26,8 +26,8 @@ from kokanee.preferences import WITH_PAIRS
 from kokanee.processor import Processor
 from kokanee.scoring import ExactJudge, Judge, ModelJudge
 from kokanee.stages import fingerprint_of
-from kokanee.train import claim
-from kokanee.weights import fingerprint
+from kokanee.train import STATE, claim
+from kokanee.weights import cast, fingerprint
 
 REPLIES, MEDIA = "replies.jsonl", "media"
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -69,7 +69,8 @@ class Run:
 def opened(recipe: MrdpoRecipe, folder: Path, report: Progress) -> Run:
     """The run with its model and clips; the folder is the recipe's from now on."""
     state = PartialState(cpu=recipe.device == "cpu", timeout=datetime.timedelta(days=7))
-    check_recipe(recipe, state.num_processes, begun=(folder / REPLIES).is_file())
+    begun = (folder / STATE).is_file()
+    check_recipe(recipe, state.num_processes, begun)
     sources = (recipe.data.train, recipe.data.validation)
     # Features of the world are known by the weights that made them, which are those in float32.
     precise = any(isinstance(data, WorldData) for data in sources)
@@ -82,7 +83,7 @@ def opened(recipe: MrdpoRecipe, folder: Path, report: Progress) -> Run:
         return FileClips(model, processor, data, folder / MEDIA / part, question)
 
     clips, validation = clips_of(sources[0], "train"), clips_of(sources[1], "validation")
-    model.to(getattr(torch, recipe.dtype))
+    cast(model, getattr(torch, recipe.dtype))
     run = Run(recipe, folder, model.eval(), processor, clips, validation, Team(state), report)
     start = {
         "weights": fingerprint(model),
@@ -90,8 +91,8 @@ def opened(recipe: MrdpoRecipe, folder: Path, report: Progress) -> Run:
         "train clips": clips.identity(),
         "validation clips": validation.identity(),
     }
-    check_clips(run)
-    claim(folder, recipe, start, begun=(run.place(0).name, MEDIA), free=FREE)
+    check_clips(run, begun)
+    claim(folder, recipe, start, begun=(run.place(0).name, MEDIA), free=FREE, brought=(REPLIES,))
     return run
 
 
@@ -109,7 +110,7 @@ def check_recipe(recipe: MrdpoRecipe, processes: int, begun: bool) -> None:
         raise KokaneeError("samples: 1 at one temperature gives no pairs. Give 2 or more samples.")
 
 
-def check_clips(run: Run) -> None:
+def check_clips(run: Run, begun: bool) -> None:
     """Raise `KokaneeError` where clips, judge or adapter do not fit together."""
     recipe = run.recipe
     if recipe.clips > len(run.clips):
@@ -117,16 +118,18 @@ def check_clips(run: Run) -> None:
             f"clips: {recipe.clips} in a round, but there are {len(run.clips)}. Lower it, or give more clips."
         )
     check_enough(recipe.clips, recipe)
-    check_files(recipe, "train", run.clips)
-    check_files(recipe, "validation", run.validation)
+    if not begun:
+        check_files(recipe, "train", run.clips)
+        check_files(recipe, "validation", run.validation)
     if recipe.judge == "exact":
         some = [clips.task(0, 0, "").truth for clips in (run.clips, run.validation)]
         if any(truth.facts is None for truth in some):
             raise KokaneeError("The exact judge knows clips of the world only. Give judge: openai:MODEL.")
-    names = {name.rpartition(".")[2] for name, _ in run.model.language_model.named_modules()}
-    unknown = [module for module in recipe.lora.modules if module not in names]
+    modules = run.model.language_model.named_modules()
+    products = {name.rpartition(".")[2]: None for name, module in modules if isinstance(module, torch.nn.Linear)}
+    unknown = [module for module in recipe.lora.modules if module not in products]
     if unknown:
-        raise KokaneeError(f"lora.modules: the decoder has no {', '.join(unknown)}. Name parts such as q_proj.")
+        raise KokaneeError(f"lora.modules: {', '.join(unknown)} cannot be adapted. Give some of {', '.join(products)}.")
 
 
 def check_files(recipe: MrdpoRecipe, part: Part, clips: Clips) -> None:
@@ -174,6 +177,8 @@ def tasks_for(run: Run, part: Part, numbers: Sequence[int], key: str) -> list[Ta
     failed = clips.failed()
     lost = [number for number in numbers if number in failed]
     if len(lost) > allowed(run.recipe, part) * len(numbers):
+        run.team.wait()
+        clips.try_again()
         raise KokaneeError(
             f"{len(lost)} of {len(numbers)} files cannot be read, such as: {failed[lost[0]]} Mend these files and "
             f"start again, or begin in another folder, without them or with a higher data.{part}.unreadable."
@@ -188,14 +193,19 @@ def allowed(recipe: MrdpoRecipe, part: Part) -> float:
     return data.unreadable if isinstance(data, FileData) else 0.0
 
 
-def check_enough(n_lessons: int, recipe: MrdpoRecipe, lost: dict[str, int] | None = None) -> None:
-    """Raise `KokaneeError` where a round has too few lessons for one step and for its check; lost: why pairs are
-    none."""
-    why = f" ({', '.join(f'{count}: {reason}' for reason, count in lost.items())})" if lost else ""
+def check_enough(n_lessons: int, recipe: MrdpoRecipe, number: int = 0, lost: dict[str, int] | None = None) -> None:
+    """Raise `KokaneeError` where round `number` (0: any, before the first) has too few lessons for one step and for its
+    check; lost: why clips gave no pair."""
     wanted = recipe.n_held_out + recipe.batch_size * recipe.processes * recipe.accumulate
-    if n_lessons < wanted:
-        raise KokaneeError(
-            f"A round learns from {n_lessons} clips here{why}, but takes {wanted}: {wanted - recipe.n_held_out} for "
-            f"one step and {recipe.n_held_out} to check by (evaluate_batches x batch_size). Begin in another folder "
-            "with more clips, more samples, a lower pairs.min_gap or smaller batches."
-        )
+    if n_lessons >= wanted:
+        return
+    why = f" ({', '.join(f'{count}: {reason}' for reason, count in lost.items())})" if lost else ""
+    remedy = "Begin in another folder with more clips, more samples, a lower pairs.min_gap or smaller batches"
+    if number == 0:
+        remedy = "Give more clips or smaller batches"
+    elif number > 1:
+        remedy = f"Let the run end here with --rounds {number - 1}, or begin{remedy[len('Begin') :]}"
+    raise KokaneeError(
+        f"A round learns from {n_lessons} clips here{why}, but takes {wanted}: {wanted - recipe.n_held_out} for one "
+        f"step and {recipe.n_held_out} to check by (evaluate_batches x batch_size). {remedy}."
+    )

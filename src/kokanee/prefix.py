@@ -4,16 +4,18 @@ A packed sequence is `[prompt | branch 1 | branch 2 | ...]`. Every branch goes o
 positions, and its queries see the prompt and itself, each up to their own place.
 
 Axes: B sequences, L tokens; S segment numbers (0 the prompt, 1, 2, ... the branches, -1 padding); N label tokens of all
-sequences, D width of a state.
+sequences, D width of a state; H heads of keys, W their width, P tokens before the answers, R the others.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
 from kokanee.attention import BRANCH_ATTENTION
 from kokanee.losses import token_log_probs
@@ -79,7 +81,8 @@ def lengths_of(segments_BL: torch.Tensor) -> list[list[int]]:
 
 @contextlib.contextmanager
 def branch_attention_in(model: Kokanee) -> Iterator[None]:
-    """The model's decoder computes packed sequences without a mask; the backward pass belongs inside too.
+    """The model's decoder computes packed sequences without a mask, and its last layer no more of the prompts than
+    answers see of them there: keys and values. The backward pass belongs inside too.
 
     (Where activations are computed again in it, attention is chosen anew.)
     """
@@ -87,10 +90,44 @@ def branch_attention_in(model: Kokanee) -> Iterator[None]:
     before, kinds = config._attn_implementation, set(config.layer_types or ())
     assert kinds == {"full_attention"}, "branches see the whole prompt"
     config._attn_implementation = BRANCH_ATTENTION
+    last: Any = model.language_model.layers[-1]
+    hooks = [
+        last.register_forward_pre_hook(without_prompts, with_kwargs=True),
+        last.register_forward_hook(with_prompts, with_kwargs=True),
+    ]
     try:
         yield
     finally:
         config._attn_implementation = before
+        for hook in hooks:
+            hook.remove()
+
+
+def without_prompts(layer: Any, states: tuple[torch.Tensor], more: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What a layer is given in place of whole sequences (B, L, D), if nobody reads the states that it gives to prompts:
+    what comes after the shortest prompt, and the keys and values of what stands before."""
+    if more.get("branches") is None:
+        return states, more
+    attention, start = layer.self_attn, shortest_prompt(more)
+    prompts_BPD = layer.input_layernorm(states[0][:, :start])
+    key_BHPW, value_BHPW = (
+        product(prompts_BPD).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for product in (attention.k_proj, attention.v_proj)
+    )
+    cos_BLW, sin_BLW = more["position_embeddings"]
+    _, key_BHPW = apply_rotary_pos_emb(key_BHPW, key_BHPW, cos_BLW[:, :start], sin_BLW[:, :start])
+    after = {"position_embeddings": (cos_BLW[:, start:], sin_BLW[:, start:]), "before": (key_BHPW, value_BHPW)}
+    return (states[0][:, start:],), more | after
+
+
+def with_prompts(layer: Any, states: tuple[torch.Tensor], more: dict[str, Any], made_BRD: torch.Tensor) -> torch.Tensor:
+    """A layer's states at their places in whole sequences; 0 for what was left out."""
+    return made_BRD if more.get("branches") is None else pad(made_BRD, (0, 0, shortest_prompt(more), 0))
+
+
+def shortest_prompt(more: dict[str, Any]) -> int:
+    """The length of the shortest prompt of packed sequences, as a layer is told of them."""
+    return min(prompt for prompt, *_ in more["branches"])
 
 
 def packed_log_probs(

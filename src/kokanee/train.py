@@ -114,13 +114,14 @@ def train(
     trained: dict[str, nn.Parameter],
     report: Report | None = None,
     start: dict[str, str] | None = None,
+    free: Sequence[str] = (),
 ) -> dict[str, float]:
     """Train the given weights (see `choose`); returns the last step's figures, with those of its evaluation.
 
-    Goes on where an earlier run in `folder` stopped. `start` says what it starts from, such as fingerprints of weights.
-    The main process calls `report(step, figures)` after every step. Raises `KokaneeError` when the folder holds a run
-    with other settings or from another start, another number of processes runs than the recipe says, or a loss or
-    gradient is not finite.
+    Goes on where an earlier run in `folder` stopped. `start` says what it starts from, such as fingerprints of weights;
+    settings named in `free` may be others than before. The main process calls `report(step, figures)` after every step.
+    Raises `KokaneeError` when the folder holds a run with other settings or from another start, another number of
+    processes runs than the recipe says, or a loss or gradient is not finite.
     """
     accelerator = Accelerator(
         cpu=recipe.device == "cpu",
@@ -134,7 +135,7 @@ def train(
             f"The recipe is for processes: {recipe.processes}, but {accelerator.num_processes} run, which gives other "
             f"batches. Start it with torchrun --nproc-per-node {recipe.processes}, or change the recipe."
         )
-    claim(folder, recipe, {**(start or {}), **objective.samples()})
+    claim(folder, recipe, {**(start or {}), **objective.samples()}, free=free)
     optimizer: Any = torch.optim.AdamW(
         list(trained.values()),
         lr=recipe.learning_rate,
@@ -161,14 +162,15 @@ def claim(
     start: dict[str, str] | None = None,
     begun: Sequence[str] = (METRICS, CHECKPOINT),
     free: Sequence[str] = (),
+    brought: Sequence[str] = (),
 ) -> None:
     """Make the folder this recipe's with this start, or raise `KokaneeError` where it holds other files or another run,
-    with what differs. A run in which none of `begun` is there yet may be replaced; settings named in `free` may change.
-    A setting that the run was begun without had its default.
+    with what differs. A run in which none of `begun` is there yet may be replaced; settings named in `free` may change;
+    files named in `brought` may have been put there before. A setting that the run was begun without had its default.
     """
     settings = {"recipe": json.loads(recipe.model_dump_json()), "start": start or {}}
     known = folder / STATE
-    refuse_foreign(folder, STATE)
+    refuse_foreign(folder, STATE, brought)
     if known.is_file():
         before = json.loads(known.read_text(encoding="utf-8"))
         fields = type(recipe).model_fields

@@ -227,6 +227,12 @@ def read_tensors(files: list[Path], keys: set[str]) -> dict[str, torch.Tensor]:
     return found
 
 
+def cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Give the weights another type. What is no weight, such as the speeds at which positions turn, stays precise."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+
+
 def fingerprint(model: torch.nn.Module) -> str:
     """A hash of the weights: the name and shape of each, and some thousand of its values, evenly spread.
 
