@@ -82,6 +82,16 @@ def test_branches_are_what_a_dense_mask_gives_and_so_are_their_gradients():
     assert all(torch.allclose(one, two, atol=1e-12) for one, two in zip(ours, theirs, strict=True))
 
 
+def test_the_first_tokens_of_prompts_may_give_keys_and_values_alone():
+    states, shortest = packed_states(BRANCHES), min(prompt for prompt, *_ in BRANCHES)
+    wanted, real = dense(states, BRANCHES)
+    for start in range(1, shortest + 1):
+        before = (states[1][:, :, :start], states[2][:, :, :start])
+        left = [one[:, :, start:] for one in states]
+        seen, _ = branch_attention(torch.nn.Identity(), *left, branches=BRANCHES, before=before)
+        assert torch.allclose(seen, (wanted * real)[:, start:], atol=1e-12)
+
+
 def test_without_their_lengths_or_with_a_mask_branches_are_refused():
     states = packed_states(BRANCHES)
     with pytest.raises(ValueError, match="need their lengths"):

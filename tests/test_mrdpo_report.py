@@ -147,7 +147,10 @@ def test_the_numbers_are_those_of_the_files(tmp_path):
     assert row(page, "Held out: Reward margin")[1:] == ["0.987"] * 2 and row(page, "Learning rate")[1] == "3e-05"
     assert row(page, "Train") == ["–", "20 min", "20 min"] and row(page, "Evaluate")[1] == "45 s"
     assert row(page, "KL to the round&#x27;s reference")[1:] == ["2.345"] * 2
-    assert "gDPO, beta 0.25, weight of the ground truth 0.125" in page and "<dd>42 min</dd>" in page
+    assert (
+        "gDPO, beta 0.25, weight of the ground truth 0.125" in page
+        and "<dd>42 min since each round was last begun</dd>" in page
+    )
     assert (
         "3 of 20 steps, learning rate 0.0003" in page
         and "6 of each of 240 clips a round at temperature 1 and 0.5" in page
@@ -266,3 +269,15 @@ def test_a_run_that_ran_out_of_patience_is_not_called_unfinished(tmp_path):
         write_json(folder / "state.json", {"recipe": {**RECIPE, "loss": "gdpo", "patience": patience}, "start": {}})
         page = run_page(folder)
         assert ("Stopped early" in page) == stopped and ("Not finished" in page) != stopped
+    write_json(folder / "state.json", {"recipe": {**RECIPE, "loss": "gdpo", "patience": 1, "rounds": 2}, "start": {}})
+    assert "Stopped early" not in run_page(folder)
+
+
+def test_rounds_beyond_the_last_do_not_count_and_the_best_is_named(tmp_path):
+    folder = make_run(tmp_path, finished=2)
+    write_json(folder / "state.json", {"recipe": {**RECIPE, "loss": "gdpo", "rounds": 1}, "start": {}})
+    page = run_page(folder)
+    assert "In one round" in page and "In 2 rounds" not in page and "The model is that of" not in page
+    write_json(folder / "state.json", {"recipe": {**RECIPE, "loss": "gdpo", "rounds": 2}, "start": {}})
+    write_json(folder / "metrics.json", {"kept": 1, "rounds": [{}, {}, {}]})
+    assert "The model is that of round 1, the best." in run_page(folder)

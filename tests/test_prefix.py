@@ -224,6 +224,28 @@ def test_one_packed_pass_gives_the_log_probabilities_and_gradients_of_separate_o
         assert torch.allclose(gradient, model.get_parameter(name).grad, rtol=1e-4, atol=1e-5 * scale), name
 
 
+def test_the_last_layer_computes_no_more_of_prompts_than_is_seen_of_them(tiny, prompts, media):
+    model, widths = tiny[0], []
+    batch = collate_packed([pack(*prompt) for prompt in prompts], 0)
+    both = {name: torch.cat([embeds, embeds]) for name, embeds in media.items()}
+    layers = model.language_model.layers
+    hooks = [layer.mlp.register_forward_pre_hook(lambda _, given: widths.append(given[0].shape[1])) for layer in layers]
+    with branch_attention_in(model):
+        packed_log_probs(model, batch, **both)
+    for hook in hooks:
+        hook.remove()
+    length = batch["input_ids"].shape[1]
+    assert widths == [length] * (len(layers) - 1) + [length - min(prompt for _, prompt in prompts)]
+    assert not layers[-1]._forward_hooks and not layers[-1]._forward_pre_hooks
+
+
+def test_a_label_in_a_prompt_is_refused(tiny, prompts, media):
+    batch = collate_packed([pack(*prompts[0])], 0)
+    batch["labels"][0, prompts[0][1] - 1] = batch["input_ids"][0, prompts[0][1] - 1]
+    with branch_attention_in(tiny[0]), pytest.raises(ValueError, match="none in a prompt"):
+        packed_log_probs(tiny[0], batch, **media)
+
+
 def test_the_attention_of_branches_is_there_only_while_it_is_wanted(tiny, conversations, shared, media):
     model = tiny[0]
     before = model.language_model.config._attn_implementation

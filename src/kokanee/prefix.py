@@ -137,16 +137,20 @@ def packed_log_probs(
     (N,) and its branch (N,), from 1 on.
 
     `batch` is from `collate_packed`; `media` are the arguments of `Kokanee.encode_media`. Logits are made at label
-    tokens only. Call it, and `backward`, inside `branch_attention_in`.
+    tokens only. Call it, and `backward`, inside `branch_attention_in`. Raises `ValueError` for a label in a prompt,
+    which the last layer leaves out.
     """
+    branches = lengths_of(batch["segments"])
+    targets_BL = batch["labels"][:, 1:]
+    rows_N, places_N = (targets_BL != IGNORED).nonzero(as_tuple=True)
+    if (batch["segments"][rows_N, places_N] <= 0).any():
+        raise ValueError("Packed answers have labels of their own only, none in a prompt.")
     hidden_BLD = model.language_model(
         inputs_embeds=model.embed(batch["input_ids"], **media),
         attention_mask={"full_attention": None},  # none is to be made
         position_ids=batch["position_ids"],
         use_cache=False,
-        branches=lengths_of(batch["segments"]),
+        branches=branches,
     ).last_hidden_state
-    targets_BL = batch["labels"][:, 1:]
-    rows_N, places_N = (targets_BL != IGNORED).nonzero(as_tuple=True)
     log_probs_N = token_log_probs(model.lm_head(hidden_BLD[rows_N, places_N]), targets_BL[rows_N, places_N])
     return log_probs_N, rows_N, batch["segments"][rows_N, places_N + 1]
