@@ -207,7 +207,7 @@ class Bench:
         """The row of multiply-adds that each way cannot do without, and of how near ours is to them."""
         config, (prompt, *branches) = self.model.config, lengths_of(case.packed["segments"])[0]
         n_labels = [int((sample["labels"] != IGNORED).sum()) for sample in case.samples]
-        packed = decoder_macs(config, prompt, branches, sum(n_labels), True)
+        packed = decoder_macs(config, prompt, branches, sum(n_labels), True, spared=True)
         policy, reference = (
             decoder_macs(config, prompt + branches[0], (), n_labels[0], backward) for backward in (True, False)
         )

@@ -157,13 +157,15 @@ def conversation(size: Size, prompt: int, answer: int, *, media: bool, number: i
     }
 
 
-def decoder_macs(config: KokaneeConfig, shared: int, answers: Sequence[int], n_logits: int, backward: bool) -> int:
+def decoder_macs(
+    config: KokaneeConfig, shared: int, answers: Sequence[int], n_logits: int, backward: bool, spared: bool = False
+) -> int:
     """Multiply-adds that a pass over `[shared | answer | answer | ...]` cannot do without: of the decoder's and the
     head's matrix products, and of attention between the pairs of tokens that see each other.
 
     The backward pass costs a frozen weight's product once more (and none for queries, keys and values of the first
-    layer, before which nothing is trained), and attention's two products four. Adapters are not counted. Where answers
-    follow, the last layer needs keys and values alone of the shared tokens.
+    layer, before which nothing is trained), and attention's two products four. Adapters are not counted. spared:
+    the last layer makes of the shared tokens keys and values alone.
     """
     text = config.text_config
     width, layers, tokens = text.hidden_size, text.num_hidden_layers, shared + sum(answers)
@@ -171,8 +173,8 @@ def decoder_macs(config: KokaneeConfig, shared: int, answers: Sequence[int], n_l
     qkv = width * (width + 2 * text.num_key_value_heads * head_width)
     weights = layers * (qkv + width * width + 3 * width * text.intermediate_size)
     pairs = shared * (shared + 1) // 2 + sum(length * shared + length * (length + 1) // 2 for length in answers)
-    spared = shared * (2 * width * width + 3 * width * text.intermediate_size) if answers else 0
-    spared_pairs = shared * (shared + 1) // 2 if answers else 0
-    products = tokens * weights - spared + n_logits * width * text.vocab_size
-    attention = 2 * (pairs * layers - spared_pairs) * width
+    less = shared * (2 * width * width + 3 * width * text.intermediate_size) if spared else 0
+    fewer_pairs = shared * (shared + 1) // 2 if spared else 0
+    products = tokens * weights - less + n_logits * width * text.vocab_size
+    attention = 2 * (pairs * layers - fewer_pairs) * width
     return products + attention + backward * (products - tokens * qkv + 2 * attention)

@@ -149,7 +149,7 @@ def test_the_numbers_are_those_of_the_files(tmp_path):
     assert row(page, "KL to the round&#x27;s reference")[1:] == ["2.345"] * 2
     assert (
         "gDPO, beta 0.25, weight of the ground truth 0.125" in page
-        and "<dd>42 min since each round was last begun</dd>" in page
+        and "<dd>42 min, not counting what a stop undid</dd>" in page
     )
     assert (
         "3 of 20 steps, learning rate 0.0003" in page

@@ -327,7 +327,7 @@ def keep_adapter(run: Run, number: int) -> None:
     if run.recipe.proxy and number > 1:
         base += f" with the adapters of rounds 1 to {number - 1} merged" if number > 2 else " with round 1 merged"
     run.adapted.peft_config["default"].base_model_name_or_path = base
-    run.adapted.save_pretrained(str(unfinished))
+    run.adapted.save_pretrained(str(unfinished), save_embedding_layers=False)  # "auto" would ask the hub for the base
     write_text(unfinished / "README.md", f"Adapter of round {number} of mrDPO (Kokanee). Its base is {base}.\n")
     unfinished.rename(place / ADAPTER)
     (place / TRAIN / CHECKPOINT).unlink(missing_ok=True)
@@ -342,10 +342,10 @@ def evaluated(run: Run, number: int) -> dict[str, Any]:
     made["clips"] = len(tasks)
     for name, file, temperature in (("greedy", GREEDY, 0.0), ("sampled", SAMPLED, 1.0)):
         decoding = Decoding(temperature, 1.0, recipe.seed, recipe.max_new_tokens)
-        report = told(run, f"check, {name}", number)
-        drafts = run.writer.captions(place / f"{file}.jsonl", run.validation, tasks, [decoding], 1, report)
-        path = place / f"{file}-verdicts.jsonl"
-        judged = verdicts(path, run.judge, tasks, drafts, run.team, report, recipe.unjudged)
+        written = told(run, f"check, {name}", number)
+        drafts = run.writer.captions(place / f"{file}.jsonl", run.validation, tasks, [decoding], 1, written)
+        path, read = place / f"{file}-verdicts.jsonl", told(run, f"judge, {name}", number)
+        judged = verdicts(path, run.judge, tasks, drafts, run.team, read, recipe.unjudged)
         rows = [candidates(*row) for row in zip(drafts, judged, strict=True)]
         judged_ones = [one for row in rows for one in row]
         if not judged_ones:

@@ -166,7 +166,7 @@ def about(recipe: Mapping[str, Any], finished: Sequence[Round]) -> str:
     loss = LOSSES.get(recipe["loss"], recipe["loss"])
     lora = "LoRA of rank {r}, alpha {alpha}, ".format_map(defaultdict(lambda: "not known", recipe.get("lora", {})))
     took = sum(known(value) or 0.0 for one in finished for value in one.figures["seconds"].values())
-    rates = recipe.get("rates") or [1.0]
+    rates = (recipe.get("rates") or [1.0])[: recipe["rounds"]]
     slower = f" x {', '.join(f'{rate:g}' for rate in rates)}" if set(rates) != {1.0} else ""
     told = {
         "Model": recipe["model"],
@@ -174,7 +174,7 @@ def about(recipe: Mapping[str, Any], finished: Sequence[Round]) -> str:
         "Rounds": "{rounds} of {steps} steps, learning rate {learning_rate}".format_map(recipe) + slower,
         "Captions": captions.format_map(recipe),
         "Adapter": lora + ("new and merged every round" if recipe.get("proxy") else "the same in all rounds"),
-        "Took": f"{duration(took)} since each round was last begun" if took else "",
+        "Took": f"{duration(took)}, not counting what a stop undid" if took else "",
         "Made by": f"kokanee {kokanee.__version__}",
     }
     return "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in told.items() if value)
