@@ -175,6 +175,15 @@ def test_what_a_killed_writer_left_is_removed(recipe, whole):
     assert not any(path.exists() for path in left) and (whole / "model").is_dir()
 
 
+def test_a_folder_that_is_no_runs_is_refused_with_all_that_is_in_it(recipe, tmp_path):
+    theirs = [tmp_path / "letters" / ".draft.tmp", tmp_path / ".cache.tmp"]
+    for path in theirs:
+        path.mkdir(parents=True)
+    with pytest.raises(KokaneeError, match="holds other files"):
+        run(recipe(), tmp_path)
+    assert all(path.is_dir() for path in theirs)
+
+
 def test_a_run_begun_before_there_was_a_setting_had_its_default(whole, recipe):
     state = read_json(whole / "state.json")
     del state["recipe"]["unjudged"], state["recipe"]["qa_weight"]

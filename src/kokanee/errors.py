@@ -23,10 +23,10 @@ def reasons(error: ValidationError, model: type[BaseModel]) -> str:
         key, around = place_of(item["loc"], model)
         if item["type"] == "extra_forbidden":
             *path, last = key.split(".")
-            names = {".".join([*path, name]): name for name in around.model_fields} if around else {}
-            near = [name for name in names if difflib.get_close_matches(last, [names[name]], cutoff=0.5)]
-            near.sort(key=lambda name: -difflib.SequenceMatcher(None, last, names[name]).ratio())
-            known = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"
+            names = list(around.model_fields) if around else []
+            near = difflib.get_close_matches(last, names, n=1, cutoff=0.5)
+            whole = [".".join([*path, name]) for name in near or names]
+            known = f"did you mean '{whole[0]}'?" if near else f"known: {', '.join(whole)}"
             phrases.append(f"unknown setting '{key}' ({known})")
         elif item["type"] == "missing":
             phrases.append(f"{key} is missing")

@@ -167,8 +167,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Nobody else works in the folder meanwhile, and what a killed process left half written is gone. Raises
-    `KokaneeError` where somebody works there."""
+    """Nobody else works in the folder meanwhile. Raises `KokaneeError` where somebody does."""
     folder.mkdir(parents=True, exist_ok=True)
     # The system lets go of the lock when the process ends, however it ends, and those that it had forked.
     lock = FileLock(folder / LOCK)
@@ -177,11 +176,15 @@ def alone_in(folder: Path) -> Iterator[None]:
     except Timeout:
         raise KokaneeError(f"Another process works in {folder}. Wait for it, or end it.") from None
     try:
-        for path in folder.rglob(f".*{UNFINISHED}"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed writers left half written in a run's own folder."""
+    for path in folder.rglob(f".*{UNFINISHED}"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def refuse_foreign(folder: Path, state: str, brought: Sequence[str] = ()) -> None:

@@ -13,8 +13,17 @@ from kokanee.preferences import Loss
 from kokanee.recipes import Training
 
 FREE = (
-    *("judging", "unjudged", "rounds", "patience", "keep", "keep_media", "workers", "log_every", "save_every"),
-    *("caption_batch", "gradient_checkpointing"),
+    "rounds",
+    "patience",
+    "keep",
+    "keep_media",
+    "judging",
+    "unjudged",
+    "workers",
+    "log_every",
+    "save_every",
+    "caption_batch",
+    "gradient_checkpointing",
 )
 """Settings that a run may go on with changed: they change no round that is done, and the others by rounding at most."""
 FORBID = ConfigDict(frozen=True, extra="forbid")

@@ -19,6 +19,7 @@ from kokanee.defaults import Defaults, origin
 from kokanee.drafts import Team, Writer, device_of
 from kokanee.endpoint import Asker, Endpoint
 from kokanee.errors import KokaneeError
+from kokanee.formats import remove_unfinished
 from kokanee.judges import LanguageModelJudge
 from kokanee.model import Kokanee
 from kokanee.mrdpo_recipe import FREE, MrdpoRecipe
@@ -93,6 +94,9 @@ def opened(recipe: MrdpoRecipe, folder: Path, report: Progress) -> Run:
     }
     check_clips(run, begun)
     claim(folder, recipe, start, begun=(run.place(0).name, MEDIA), free=FREE, brought=(REPLIES,))
+    if run.team.is_main:
+        remove_unfinished(folder)  # only now: the folder is the run's
+    run.team.wait()  # before anybody writes
     return run
 
 
@@ -200,11 +204,9 @@ def check_enough(n_lessons: int, recipe: MrdpoRecipe, number: int = 0, lost: dic
     if n_lessons >= wanted:
         return
     why = f" ({', '.join(f'{count}: {reason}' for reason, count in lost.items())})" if lost else ""
-    remedy = "Begin in another folder with more clips, more samples, a lower pairs.min_gap or smaller batches"
-    if number == 0:
-        remedy = "Give more clips or smaller batches"
-    elif number > 1:
-        remedy = f"Let the run end here with --rounds {number - 1}, or begin{remedy[len('Begin') :]}"
+    another = "in another folder with more clips, more samples, a lower pairs.min_gap or smaller batches"
+    first = {0: "Give more clips or smaller batches", 1: f"Begin {another}"}
+    remedy = first.get(number, f"Let the run end here with --rounds {number - 1}, or begin {another}")
     raise KokaneeError(
         f"A round learns from {n_lessons} clips here{why}, but takes {wanted}: {wanted - recipe.n_held_out} for one "
         f"step and {recipe.n_held_out} to check by (evaluate_batches x batch_size). {remedy}."
