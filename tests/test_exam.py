@@ -11,7 +11,7 @@ from kokanee.captioner import Captioner
 from kokanee.captions import Decoding
 from kokanee.errors import KokaneeError
 from kokanee.events import rates
-from kokanee.exam import answers, exam, facts_in, mark, watch
+from kokanee.exam import PROMPT, answers, exam, facts_in, mark, parts_of, watch
 from kokanee.formats import read_jsonl
 from kokanee.world.facts import Fact, exact
 from kokanee.world.make import make
@@ -68,17 +68,35 @@ def test_the_exam_marks_annotators_and_model_and_counts_right_answers(tiny, clip
     reports = []
     found, captions = exam(*tiny, clips, 3, batch_size=2, report=lambda done, total: reports.append((done, total)))
     truths = [facts_in(record) for record in records]
-    assert captions == ["There is a red star."] * 3 and reports == [(2, 3), (3, 3)]
-    assert found[0] == mark("annotators", truths, [record["captions_annotated"][0] for record in records])
-    assert found[1].rates == mark("model", truths, captions).rates
+    annotated = [record["captions_annotated"][0] for record in records]
+    assert captions == [annotated, ["There is a red star."] * 3] and reports == [(2, 3), (3, 3)]
+    assert found[0] == mark("annotators", truths, annotated)
+    assert found[1].rates == mark("greedy", truths, captions[1]).rates
     assert found[1].answers == 100.0 and set(found[1].answers_by_kind.values()) == {100.0}
+    assert found[1].answers_interval == (100.0, 100.0)
+    assert sum(found[1].questions_by_kind.values()) == sum(len(record["questions"]) for record in records)
 
 
 def test_an_exam_is_the_same_every_time_and_its_batches_change_nothing(tiny, clips):
     once = exam(*tiny, clips, batch_size=3)
     assert once == exam(*tiny, clips, 3, batch_size=3) == exam(*tiny, clips, 3, batch_size=1)
-    drawn = [exam(*tiny, clips, 2, temperature=1.5, seed=seed)[1] for seed in (1, 1, 2)]
+    drawn = [exam(*tiny, clips, 2, temperatures=[1.5], seed=seed)[1][1] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_full_exam_holds_what_the_single_ones_hold_and_every_interval(tiny, clips):
+    marks, captions = exam(*tiny, clips, temperatures=[0.0, 1.0], every_s=2.0, seed=3)
+    assert [one.name for one in marks] == ["annotators", "greedy", "temperature 1", "every 2 s"]
+    assert [marks[:2], captions[:2]] == list(exam(*tiny, clips))
+    assert captions[2] == exam(*tiny, clips, temperatures=[1.0], seed=3)[1][1]
+    records = read_jsonl(clips / "samples.jsonl")
+    parts = parts_of(records, 2.0)
+    captioner = Captioner(*tiny)
+    owner, first = parts[0]
+    said = captioner.caption(clips / first.file, PROMPT, first.start_s, first.end_s, max_new_tokens=6).text
+    assert owner == 0 and len(parts) == len(captions[3]) and captions[3][0] == said
+    assert {owner for owner, _ in parts} == {0, 1, 2} and marks[3].rates.missed > 0
+    assert marks[3].total_interval[0] <= marks[3].rates.total <= marks[3].total_interval[1]
 
 
 def test_answers_about_what_was_watched_are_those_about_the_file(tiny, clips):

@@ -13,16 +13,15 @@ from accelerate import PartialState
 from pydantic import ValidationError
 
 from kill_mrdpo import kill_often
-from kokanee import formats, mrdpo
+from kokanee import adapting, formats, mrdpo
 from kokanee.adapters import load_adapter, merge
 from kokanee.checkpoints import base_of, load
 from kokanee.clips import WorldClips, WorldData
 from kokanee.drafts import Team, Writer
 from kokanee.errors import KokaneeError
 from kokanee.formats import alone_in, read_json, read_jsonl, write_json
-from kokanee.mrdpo import best, is_over, run_mrdpo
+from kokanee.mrdpo import best, check_enough, is_over, opened, run_mrdpo
 from kokanee.mrdpo_recipe import MrdpoRecipe
-from kokanee.mrdpo_run import check_enough, opened
 from kokanee.pairs import read_pairs
 from mrdpo_runs import quiet, run, small_recipe, weights
 from together import run_together
@@ -326,7 +325,7 @@ def test_a_start_without_any_verdict_is_no_error_of_0(recipe, tmp_path, monkeypa
     def none(path, judge, tasks, drafts, *_):
         return [{"counts": [None], "repetition": [0.0]} for _ in drafts]
 
-    monkeypatch.setattr(mrdpo, "verdicts", none)
+    monkeypatch.setattr(adapting, "verdicts", none)
     with pytest.raises(KokaneeError, match="None of 3 captions of the validation clips has a verdict"):
         run(recipe(unjudged=1.0), tmp_path / "run")
 

@@ -68,3 +68,11 @@ def test_names_are_text():
 def test_numbers_too_small_to_be_shown_are_nothing_and_have_no_sign():
     drawn = plot("KL", "", [Series("k", "k", "line", [(0, -1e-5), (1, 2e-5)])], 1, 2)
     assert "-0.00" not in drawn and max(map(len, re.findall(r'class="left"[^>]*>([^<]*)<', drawn))) <= 5
+
+
+def test_the_last_value_of_a_quiet_series_is_not_told():
+    loud, quiet = Series("mean", "a", "line", [(1, 2.0)]), Series("each", "b", "dots", [(1, 1.0), (1, 3.0)], quiet=True)
+    text = plot("t", "", [quiet, loud], 1)
+    assert (
+        text.count("<circle") == 3 and re.findall("<strong>(.*?)<", text) == ["2.0"] and 'label="t; mean 2.0"' in text
+    )

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from kokanee.adapting import adapted
 from kokanee.clips import WorldClips, WorldData
 from kokanee.errors import KokaneeError
-from kokanee.mrdpo import adapted
-from kokanee.mrdpo_recipe import Lora
 from kokanee.preferences import Lesson, Preferences, Weights
 from kokanee.prefix import branch_attention_in
 from kokanee.prompt import IGNORED, Turn
 from kokanee.recipes import Training
 from kokanee.train import train
+from kokanee.tuning import Lora
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 GOOD, BAD, TRUE = "A red circle jumps.", "A blue star is here. It is loud.", "A red circle is there and jumps."

@@ -20,9 +20,12 @@ from typer.core import TyperGroup
 import kokanee
 from kokanee.cli_caption import caption
 from kokanee.cli_events import events
+from kokanee.cli_qa import qa
+from kokanee.cli_reproduce import reproduce
 from kokanee.cli_score import agree, score
 from kokanee.cli_train import pairs, train, world
 from kokanee.errors import KokaneeError
+from kokanee.launch import follow
 
 PACKAGES = (
     "torch",
@@ -85,9 +88,11 @@ app = typer.Typer(
 app.command()(caption)
 app.command()(score)
 app.command()(agree)
+app.command()(qa)
 app.command()(events)
 app.command()(train)
 app.command()(pairs)
+app.command()(reproduce)
 app.add_typer(world, name="world")
 
 
@@ -183,6 +188,7 @@ def ffmpeg_libraries() -> str:
 
 def main() -> None:
     """Run the command."""
+    follow()
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")  # a caption may hold what the terminal cannot show

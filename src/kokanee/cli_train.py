@@ -18,7 +18,8 @@ from kokanee.launch import as_worker, is_main, is_worker, launch
 
 world = typer.Typer(help="The synthetic audio-visual world.", no_args_is_help=True)
 SHOWN = 3
-MRDPO = "mrdpo"
+EXAM_EVERY_S = 4.0
+MRDPO, REBIRTH = "mrdpo", "rebirth"
 FIGURES = ("loss", "margin", "accuracy")
 Out = Annotated[Path, typer.Option(help="Folder of the run; a stopped run goes on there.")]
 
@@ -56,8 +57,8 @@ def train(
         if value is not None:
             settings[name] = value
             sets.append(f"{name}={value}")
-    work = train_rounds if stage == MRDPO else train_stage
-    work(
+    works = {MRDPO: train_rounds, REBIRTH: train_rebirth}
+    works.get(stage, train_stage)(
         settings,
         f"{path} with {', '.join(sets)}" if sets else str(path),
         out,
@@ -86,7 +87,7 @@ def stage_of(settings: dict[str, Any], path: Path) -> str:
     """The stage that a recipe is of. Raises `KokaneeError` where there is none of this name."""
     from kokanee.recipes import Stage
 
-    stages = (*get_args(Stage), MRDPO)
+    stages = (*get_args(Stage), MRDPO, REBIRTH)
     stage = settings.get("stage")
     if stage not in stages:
         there = f"there is no stage {stage!r}" if "stage" in settings else "it names no stage"
@@ -131,6 +132,27 @@ def train_rounds(settings: dict[str, Any], source: str, out: Path, command: Sequ
             typer.echo("\n".join(table(found)))
             kept = best(found) if recipe.keep == "best" else len(found) - 1
             say(f"model (of round {kept}): {out / 'model'}; what happened: {out / 'report.html'}")
+
+
+def train_rebirth(settings: dict[str, Any], source: str, out: Path, command: Sequence[str]) -> None:
+    """Rebirth tuning; a table of the student before and after, where the recipe says by which clips."""
+    from kokanee.recipes import checked
+
+    processes = settings.get("processes", 1)
+    if isinstance(processes, int) and processes > 1 and not is_worker():
+        raise typer.Exit(launch(processes, command))
+    from kokanee.rebirth import RebirthRecipe, kept_line, run_rebirth, table
+
+    with as_worker():
+        recipe = checked(RebirthRecipe, settings, source)
+        with rounds_progress() as report:
+            made = run_rebirth(recipe, out, report)
+        if is_main():
+            say(kept_line(made))
+            if "after" in made:
+                say(f"{made['after']['clips']} validation clips, per cent of their events")
+                typer.echo("\n".join(table(made)))
+            say(f"model: {out / 'model'}")
 
 
 def read_settings(recipe: Path, replaced: Sequence[str]) -> dict[str, Any]:
@@ -257,47 +279,57 @@ def take_exam(
     clips: Annotated[int | None, typer.Option(min=1, help="How many of the clips, by default all.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="Of the captions; answers are always greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the random numbers, where the temperature is above 0.")] = 0,
+    full: Annotated[
+        bool, typer.Option("--full", help="Greedy, at temperature 1, and greedy every 4 seconds, in one go.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file for all marks and captions.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the JSON file if it is there.")] = False,
 ) -> None:
     """Caption and question clips whose truth is known, and mark what came out beside what annotators wrote."""
     from kokanee.formats import check_writable, write_json
 
     if out is not None:
         check_writable(out)
-        if out.exists():
-            raise KokaneeError(f"{out} is there already. Choose another name for the marks.")
+        if out.exists() and not overwrite:
+            raise KokaneeError(f"{out} is there already. Choose another name for the marks, or give --overwrite.")
     from kokanee.checkpoints import load
     from kokanee.exam import CAPTION_TOKENS, exam
     from kokanee.weights import fingerprint
 
-    loaded, processor = load(model, dtype="float32")
+    loaded, processor = load(model, dtype="float32", device=device)
     with bar() as progress:
         task = progress.add_task("clips", total=clips)
 
         def report(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        marks, captions = exam(loaded, processor, folder, clips, temperature=temperature, seed=seed, report=report)
+        temperatures = (0.0, 1.0) if full else (temperature,)
+        every_s = EXAM_EVERY_S if full else None
+        marks, captions = exam(
+            loaded, processor, folder, clips, temperatures=temperatures, every_s=every_s, seed=seed, report=report
+        )
     if out is not None:
         settings = {
             "model": model,
             "weights": fingerprint(loaded),
             "folder": folder.as_posix(),
-            "clips": len(captions),
-            "temperature": temperature,
+            "clips": len(captions[0]),
+            "temperatures": temperatures,
+            "every_s": every_s,
             "top_p": 1.0,
             "seed": seed,
             "max_new_tokens": CAPTION_TOKENS,
         }
-        write_json(out, {"settings": settings, "marks": [mark.as_dict() for mark in marks], "captions": captions})
-    typer.echo(f"{len(captions)} clips, per cent of their true facts; right answers by kind of question", err=True)
+        write_json(out, {"settings": settings, "marks": [mark.as_dict() for mark in marks], "captions": captions[1:]})
+    typer.echo(f"{len(captions[0])} clips, per cent of their true facts; right answers by kind of question", err=True)
     typer.echo("| | Miss | Incorrect | Hallucinated | Total | sounds told | repetition | words | QA |")
     typer.echo("|---|---|---|---|---|---|---|---|---|")
     for mark in marks:
         rates = mark.rates
         row = (rates.missed, rates.incorrect, rates.hallucinated, rates.total, mark.sounds_told, mark.repetition)
         answers = "" if mark.answers is None else f"{mark.answers:.1f}"
-        name = model if mark.name == "model" else mark.name
+        name = mark.name if mark.name == "annotators" else f"{model}, {mark.name}"
         typer.echo(f"| {name} | {' | '.join(f'{value:.1f}' for value in row)} | {mark.words:.1f} | {answers} |")
-    for kind, value in marks[-1].answers_by_kind.items():
+    for kind, value in marks[1].answers_by_kind.items():
         typer.echo(f"{kind}: {value:.1f}", err=True)

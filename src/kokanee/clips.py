@@ -53,7 +53,7 @@ class View:
 class Task:
     """A request for a caption of clip number `number`, with a caption of somebody who saw it and all that is true.
 
-    questions: other questions about the clip, with their answers.
+    questions: other questions about the clip, with their answers. finished: the caption was not cut off.
     """
 
     number: int
@@ -62,6 +62,7 @@ class Task:
     ground_truth: str
     truth: Truth
     questions: tuple[tuple[str, str], ...] = ()
+    finished: bool = True
 
     def asking(self, question: str) -> Task:
         """The same clip, asked something else."""
@@ -130,8 +131,8 @@ class FileData(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     videos: str = Field(description="folder that the files' names start from")
-    captions: str = Field(description="captions of people who saw them, in any form that `kokanee score` reads")
-    events: str = Field(description="their events, as from `kokanee events`")
+    captions: str | None = Field(None, description="of people who saw them, in any form that `kokanee score` reads")
+    events: str | None = Field(None, description="their events, as from `kokanee events`")
     questions: str | None = Field(None, description='JSON lines {"file", "question", "answer"}')
     prompts: tuple[str, ...] = Field((), description="requests for a caption; the checkpoint's own, if left out")
     unreadable: float = Field(0.02, ge=0, le=1, description="largest share of files that may be left out as unreadable")
@@ -214,31 +215,20 @@ class Known:
     path: Path
     caption: str
     truth: Truth
+    finished: bool = True
 
 
 class FileClips:
     """Clips in files. What the encoders make of them is kept in `store`, with the reasons of those that they cannot
-    read."""
+    read. `judged`: raise `KokaneeError` for a clip without events."""
 
-    def __init__(self, model: Kokanee, processor: Processor, data: FileData, store: Path, question: str) -> None:
+    def __init__(
+        self, model: Kokanee, processor: Processor, data: FileData, store: Path, question: str, judged: bool = True
+    ) -> None:
         self.model, self.processor, self.data, self.store = model, processor, data, store
         self.prompts = data.prompts or (question,)
-        truths = read_ground_truth(Path(data.events))
-        told = [said for said in read_predictions(Path(data.captions)) if said.text and not said.sample]
-        found = [(said, truths.of(said)) for said in told]
-        lacking = [place(said) for said, truth in found if truth is None or not truth.events]
-        if lacking or not found:
-            raise KokaneeError(
-                f"{len(lacking)} of {len(found)} captions of {data.captions} are of something that has no events in "
-                f"{data.events}{', such as ' * bool(lacking)}{', '.join(lacking[:3])}. Make events of all captions "
-                "(kokanee events), or remove these captions."
-            )
-        self.known = [
-            Known(said.file, Path(data.videos) / said.file, said.text, replace(truth, file=said.file))
-            for said, truth in found
-            if truth
-        ]
-        self.asked = questions_of(Path(data.questions), [said.file for said in told]) if data.questions else {}
+        self.known = known_of(data, judged)
+        self.asked = questions_of(Path(data.questions), [one.file for one in self.known]) if data.questions else {}
 
     def __len__(self) -> int:
         return len(self.known)
@@ -297,9 +287,37 @@ class FileClips:
     def task(self, number: int, n_questions: int, key: str) -> Task:
         one = self.known[number]
         rng = random.Random(f"{key}/{number}")
-        asked = self.asked.get(one.file, [])
+        whole = one.truth.start_s is None and one.truth.end_s is None  # nobody knows which part a question is about
+        asked = self.asked.get(one.file, []) if whole else []
         questions = tuple(rng.sample(asked, min(n_questions, len(asked))))
-        return Task(number, place(one.truth), rng.choice(self.prompts), one.caption, one.truth, questions)
+        prompt = rng.choice(self.prompts)
+        return Task(number, place(one.truth), prompt, one.caption, one.truth, questions, one.finished)
+
+
+def known_of(data: FileData, judged: bool) -> list[Known]:
+    """The clips that have a caption, with their events; `judged`: all must have some."""
+    if data.captions is None:
+        raise KokaneeError(f"Nobody's captions of {data.videos} are given. Give data's captions: a file of them.")
+    truths = read_ground_truth(Path(data.events)) if data.events else None
+    told = [said for said in read_predictions(Path(data.captions)) if said.text and not said.sample]
+    found = [(said, truths.of(said) if truths else None) for said in told]
+    lacking = [place(said) for said, truth in found if truth is None or not truth.events]
+    if (lacking and judged) or not found:
+        raise KokaneeError(
+            f"{len(lacking)} of {len(found)} captions of {data.captions} are of something that has no events in "
+            f"{data.events}{', such as ' * bool(lacking)}{', '.join(lacking[:3])}. Make events of all captions "
+            "(kokanee events), or remove these captions."
+        )
+    return [
+        Known(
+            said.file,
+            Path(data.videos) / said.file,
+            said.text,
+            replace(truth, file=said.file) if truth else Truth(said.file, (), said.start_s, said.end_s),
+            said.finished,
+        )
+        for said, truth in found
+    ]
 
 
 def questions_of(path: Path, files: Sequence[str]) -> dict[str, list[tuple[str, str]]]:

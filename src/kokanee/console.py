@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import typer
 
 BAR_WIDTH = 16  # leaves room for figures where a line has 80 columns
-LINE_EVERY_S = 60.0
+LINE_EVERY_S = float(os.environ.get("KOKANEE_LINE_EVERY_S", 60.0))
 
 
 def say(text: str) -> None:

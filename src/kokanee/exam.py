@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from kokanee import generation
-from kokanee.captions import Decoding
+from kokanee.captions import Decoding, intervals
 from kokanee.clips import View, open_prompt, watch
 from kokanee.errors import KokaneeError
-from kokanee.events import Rates, rates, repetition_rate
+from kokanee.events import Counts, Rates, interval, rates, repetition_rate
 from kokanee.formats import read_jsonl
+from kokanee.ground_truth import Truth, truth_of_sample
 from kokanee.model import Kokanee
 from kokanee.processor import Processor
 from kokanee.world.facts import Fact
@@ -29,7 +30,8 @@ class Marks:
     """What came out of captions and answers.
 
     `rates` are in per cent of the true facts, `sounds_told` of the true sounds, `repetition` of a caption's words;
-    `words` are words a caption; `answers` are right answers in per cent, None where nothing was asked.
+    `words` are words a caption; `answers` are right answers in per cent, None where nothing was asked. Intervals are of
+    95 % confidence: of the total error and of the answers, over clips.
     """
 
     name: str
@@ -39,9 +41,13 @@ class Marks:
     words: float
     answers: float | None = None
     answers_by_kind: dict[str, float] = field(default_factory=dict)
+    total_interval: tuple[float, float] | None = None
+    answers_interval: tuple[float, float] | None = None
+    questions_by_kind: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "hall": self.rates.hall, "total": self.rates.total}
+        made = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return made | {"hall": self.rates.hall, "total": self.rates.total}
 
 
 def exam(
@@ -50,41 +56,82 @@ def exam(
     folder: Path,
     clips: int | None = None,
     *,
-    temperature: float = 0.0,
+    temperatures: Sequence[float] = (0.0,),
+    every_s: float | None = None,
     seed: int = 0,
     batch_size: int = 25,
     report: Callable[[int, int], None] | None = None,
-) -> tuple[list[Marks], list[str]]:
-    """Marks of the annotators and of the model on the first (None: on all) clips of a folder of `world make`, and the
-    captions.
+) -> tuple[list[Marks], list[list[str]]]:
+    """Marks on the first (None: on all) clips of a folder of `world make`, and the captions behind them: of the
+    annotators, of the model at each temperature, and with `every_s` of its greedy captions of every interval.
 
-    Captions are drawn at `temperature` (0: greedy), answers to questions are always greedy. `report(done, clips)` is
-    called after each batch. Raises `KokaneeError` where the folder has too few clips, clips to train on, or clips
-    without annotators.
+    Captions are drawn at `temperatures` (0: greedy); answers to questions are always greedy, and stand with the marks
+    of the first. `report(done, clips)` is called after each batch. Raises `KokaneeError` where the folder has too few
+    clips, clips to train on, or clips without annotators.
     """
     records = read_records(folder, clips)
-    truths = [facts_in(record) for record in records]
-    captions: list[str] = []
-    right, asked = Counter(), Counter()
-    captioning = Decoding(temperature, 1.0, seed, CAPTION_TOKENS)
     model.eval()
+    decodings = [Decoding(temperature, 1.0, seed, CAPTION_TOKENS) for temperature in temperatures]
+    told: list[list[str]] = [[] for _ in decodings]
+    right: list[list[tuple[str, bool]]] = []
+    pieces: list[str] = []
+    truths = [facts_in(record) for record in records]
+    owners, parts = zip(*parts_of(records, every_s), strict=True) if every_s else ((), ())
     for start in range(0, len(records), batch_size):
-        part = records[start : start + batch_size]
-        seen = [watch(model, processor, folder / record["file"]) for record in part]
-        keys = [record["file"] for record in part]
-        captions += answers(model, processor, [(view, PROMPT) for view in seen], captioning, keys)
-        questions = [(view, q) for view, record in zip(seen, part, strict=True) for q in record["questions"]]
-        said = answers(model, processor, [(view, q["question"]) for view, q in questions], ANSWERING)
-        for (_, question), text in zip(questions, said, strict=True):
-            asked[question["kind"]] += 1
-            right[question["kind"]] += text.lower() == question["answer"].lower()
+        some = records[start : start + batch_size]
+        seen = [watch(model, processor, folder / record["file"]) for record in some]
+        keys = [record["file"] for record in some]
+        for captions, decoding in zip(told, decodings, strict=True):
+            captions += answers(model, processor, [(view, PROMPT) for view in seen], decoding, keys)
+        right += answered(model, processor, seen, some)
+        mine = [part for part, owner in zip(parts, owners, strict=True) if start <= owner < start + batch_size]
+        cut = [watch(model, processor, folder / part.file, part.start_s, part.end_s) for part in mine]
+        pieces += answers(model, processor, [(view, PROMPT) for view in cut], Decoding(max_new_tokens=CAPTION_TOKENS))
         if report is not None:
             report(min(start + batch_size, len(records)), len(records))
     annotated = [record["captions_annotated"][0] for record in records]
-    by_kind = {kind: 100.0 * right[kind] / asked[kind] for kind in sorted(asked)}
-    overall = 100.0 * right.total() / asked.total() if asked else None
-    marks = replace(mark("model", truths, captions), answers=overall, answers_by_kind=by_kind)
-    return [mark("annotators", truths, annotated), marks], captions
+    marks = [mark("annotators", truths, annotated)]
+    names = [f"temperature {temperature:g}" if temperature else "greedy" for temperature in temperatures]
+    marks += [mark(name, truths, captions) for name, captions in zip(names, told, strict=True)]
+    marks[1] = with_answers(marks[1], right)
+    if every_s:
+        marks.append(mark(f"every {every_s:g} s", [part.facts or () for part in parts], pieces, owners))
+    return marks, [annotated, *told, *([pieces] if every_s else [])]
+
+
+def parts_of(records: Sequence[dict[str, Any]], every_s: float) -> list[tuple[int, Truth]]:
+    """The intervals of clips with what is true of each, by the place of the clip."""
+    return [
+        (place, truth_of_sample(record, *ends))
+        for place, record in enumerate(records)
+        for ends in intervals(0.0, record["duration_s"], every_s)
+    ]
+
+
+def answered(
+    model: Kokanee, processor: Processor, seen: Sequence[View], records: Sequence[dict[str, Any]]
+) -> list[list[tuple[str, bool]]]:
+    """The kinds of the questions about each clip, and whether they were answered rightly."""
+    asked = [(view, record, q) for view, record in zip(seen, records, strict=True) for q in record["questions"]]
+    said = iter(answers(model, processor, [(view, q["question"]) for view, _, q in asked], ANSWERING))
+    return [[(q["kind"], next(said).lower() == q["answer"].lower()) for q in record["questions"]] for record in records]
+
+
+def with_answers(marks: Marks, right: Sequence[Sequence[tuple[str, bool]]]) -> Marks:
+    """Marks with those of answers: of each clip the kinds of its questions, and which were answered rightly."""
+    asked = Counter(kind for clip in right for kind, _ in clip)
+    well = Counter(kind for clip in right for kind, good in clip if good)
+    if not asked:
+        return marks
+    wrong = [Counts(sum(not good for _, good in clip), 0, 0, len(clip)) for clip in right]
+    low, high = interval(wrong, lambda found: 100.0 - found.missed)
+    return replace(
+        marks,
+        answers=100.0 * well.total() / asked.total(),
+        answers_by_kind={kind: 100.0 * well[kind] / asked[kind] for kind in sorted(asked)},
+        answers_interval=(low, high),
+        questions_by_kind={kind: asked[kind] for kind in sorted(asked)},
+    )
 
 
 def read_records(folder: Path, clips: int | None) -> list[dict[str, Any]]:
@@ -106,18 +153,27 @@ def facts_in(record: dict[str, Any]) -> list[Fact]:
     return [Fact(fact["kind"], tuple(fact["subject"]), fact["value"]) for fact in facts]
 
 
-def mark(name: str, truths: Sequence[Sequence[Fact]], captions: Sequence[str]) -> Marks:
-    """Marks of captions against the facts that there were to tell."""
+def mark(
+    name: str,
+    truths: Sequence[Sequence[Fact]],
+    captions: Sequence[str],
+    owners: Sequence[int] | None = None,
+) -> Marks:
+    """Marks of captions against the facts that there were to tell; `owners`: which clip each is of, if of parts."""
     verdicts = [judge(truth, caption) for truth, caption in zip(truths, captions, strict=True)]
     sounds = sum(fact.kind == "sound" for truth in truths for fact in truth)
     told = sum(fact.kind == "sound" for verdict in verdicts for fact in verdict.told)
     count = max(1, len(captions))
+    by_clip: dict[int, Counts] = {}
+    for place, verdict in zip(owners or range(len(verdicts)), verdicts, strict=True):
+        by_clip[place] = by_clip.get(place, Counts(0, 0, 0, 0)) + verdict.counts
     return Marks(
         name,
         rates(verdict.counts for verdict in verdicts),
         100.0 * told / max(1, sounds),
         100.0 * sum(map(repetition_rate, captions)) / count,
         sum(len(caption.split()) for caption in captions) / count,
+        total_interval=interval(list(by_clip.values()), lambda found: found.total),
     )
 
 

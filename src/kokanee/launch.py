@@ -15,6 +15,7 @@ from kokanee.errors import KokaneeError
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 WATCHED_S = 1.0
+FOLLOWED = "KOKANEE_FOLLOWED"  # the process without which a command is to end
 
 
 def is_worker() -> bool:
@@ -46,6 +47,13 @@ def launch(processes: int, command: Sequence[str]) -> int:
     except SignalException:
         raise KeyboardInterrupt from None
     return 0
+
+
+def follow() -> None:
+    """End this process when the one that began it is gone, if it says that it wants so; and all that this one began."""
+    starter = os.environ.pop(FOLLOWED, "")
+    if starter:
+        threading.Thread(target=end_with, args=(int(starter),), daemon=True).start()
 
 
 def end_with(launcher: int) -> None:

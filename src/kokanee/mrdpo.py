@@ -14,37 +14,49 @@ from __future__ import annotations
 
 import contextlib
 import random
-import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from peft import LoraConfig, PeftModel
 
-from kokanee.adapters import load_adapter, merge, wrapped
-from kokanee.captions import Decoding
+from kokanee.adapters import load_adapter, merge
+from kokanee.adapting import adapted, evaluated, fit, keep_adapter
 from kokanee.checkpoints import load, save
 from kokanee.clips import Task
 from kokanee.defaults import Defaults, origin
 from kokanee.drafts import candidates, device_of, figures, verdicts
 from kokanee.errors import KokaneeError, memory_said
-from kokanee.formats import UNFINISHED, alone_in, read_json, write_json, write_jsonl, write_text
+from kokanee.formats import alone_in, read_json, remove_unfinished, write_json, write_jsonl, write_text
 from kokanee.launch import is_main
 from kokanee.model import Kokanee
-from kokanee.mrdpo_recipe import FREE, Lora, MrdpoRecipe
+from kokanee.mrdpo_recipe import FREE_IN_ROUNDS, MrdpoRecipe
 from kokanee.mrdpo_report import run_page
-from kokanee.mrdpo_run import Progress, Run, check_enough, opened, tasks_for, told
 from kokanee.pairs import Pair, dropped, picked
 from kokanee.preferences import WITH_PAIRS, Lesson, Preferences, Weights
-from kokanee.prefix import branch_attention_in
-from kokanee.train import CHECKPOINT, LESS, train
+from kokanee.runs import (
+    MEDIA,
+    REPLIES,
+    Progress,
+    Run,
+    check_adapted,
+    check_exact,
+    check_files,
+    check_server,
+    clips_of,
+    model_of,
+    start_of,
+    tasks_for,
+    team_of,
+    told,
+)
+from kokanee.train import CHECKPOINT, LESS, STATE, claim
+from kokanee.weights import cast
 
 VERSION = 1
 SAMPLES, VERDICTS, PAIRS, REFERENCE = "samples.jsonl", "verdicts.jsonl", "pairs.jsonl", "reference.jsonl"
-GREEDY, SAMPLED = "validation", "validation-sampled"
 TRAIN, TRAINING, ADAPTER, FIGURES = "train", "training.json", "adapter", "metrics.json"
 MODEL, REPORT = "model", "report.html"
 
@@ -60,7 +72,61 @@ def run_mrdpo(recipe: MrdpoRecipe, folder: Path, report: Progress) -> list[dict[
         return rounds(opened(recipe, folder, report))
 
 
-def rounds(run: Run) -> list[dict[str, Any]]:
+@dataclass
+class Rounds(Run[MrdpoRecipe]):
+    """A run of mrDPO under way."""
+
+    def place(self, number: int) -> Path:
+        return self.folder / f"round-{number:02d}"
+
+
+def opened(recipe: MrdpoRecipe, folder: Path, report: Progress) -> Rounds:
+    """The run with its model and clips; the folder is the recipe's from now on."""
+    begun = (folder / STATE).is_file()
+    check_server(recipe, begun)
+    team = team_of(recipe)
+    if recipe.loss in WITH_PAIRS and recipe.samples * len(recipe.temperatures) < 2:
+        raise KokaneeError("samples: 1 at one temperature gives no pairs. Give 2 or more samples.")
+    sources = (recipe.data.train, recipe.data.validation)
+    model, processor = model_of(recipe, recipe.model, sources, team)
+    clips = clips_of(recipe, folder, model, processor, sources[0], "train")
+    validation = clips_of(recipe, folder, model, processor, sources[1], "validation")
+    cast(model, getattr(torch, recipe.dtype))
+    run = Rounds(recipe, folder, model.eval(), processor, clips, validation, team, report)
+    if recipe.clips > len(clips):
+        raise KokaneeError(
+            f"clips: {recipe.clips} in a round, but there are {len(clips)}. Lower it, or give more clips."
+        )
+    check_enough(recipe.clips, recipe)
+    if not begun:
+        check_files(recipe, sources[0], "train", clips)
+        check_files(recipe, sources[1], "validation", validation)
+    check_exact(recipe, (clips, validation))
+    check_adapted(recipe, model)
+    claim(folder, recipe, start_of(run), begun=(run.place(0).name, MEDIA), free=FREE_IN_ROUNDS, brought=(REPLIES,))
+    if team.is_main:
+        remove_unfinished(folder)  # only now: the folder is the run's
+    team.wait()  # before anybody writes
+    return run
+
+
+def check_enough(n_lessons: int, recipe: MrdpoRecipe, number: int = 0, lost: dict[str, int] | None = None) -> None:
+    """Raise `KokaneeError` where round `number` (0: any, before the first) has too few lessons for one step and for its
+    check; lost: why clips gave no pair."""
+    wanted = recipe.n_held_out + recipe.batch_size * recipe.processes * recipe.accumulate
+    if n_lessons >= wanted:
+        return
+    why = f" ({', '.join(f'{count}: {reason}' for reason, count in lost.items())})" if lost else ""
+    another = "in another folder with more clips, more samples, a lower pairs.min_gap or smaller batches"
+    first = {0: "Give more clips or smaller batches", 1: f"Begin {another}"}
+    remedy = first.get(number, f"Let the run end here with --rounds {number - 1}, or begin {another}")
+    raise KokaneeError(
+        f"A round learns from {n_lessons} clips here{why}, but takes {wanted}: {wanted - recipe.n_held_out} for one "
+        f"step and {recipe.n_held_out} to check by (evaluate_batches x batch_size). {remedy}."
+    )
+
+
+def rounds(run: Rounds) -> list[dict[str, Any]]:
     """What `run_mrdpo` does in its folder."""
     recipe, folder = run.recipe, run.folder
     found = [first_figures(run)]
@@ -112,7 +178,7 @@ def is_over(found: Sequence[dict[str, Any]], patience: int | None) -> bool:
     return patience is not None and len(found) - 1 - best(found) >= patience
 
 
-def remade(run: Run, rounds: int) -> Kokanee:
+def remade(run: Rounds, rounds: int) -> Kokanee:
     """The model after so many rounds, from the base and the adapters on disk."""
     recipe = run.recipe
     model, _ = load(recipe.model, dtype=recipe.dtype, device=device_of(run.team.state))
@@ -122,14 +188,14 @@ def remade(run: Run, rounds: int) -> Kokanee:
     return model
 
 
-def first_figures(run: Run) -> dict[str, Any]:
+def first_figures(run: Rounds) -> dict[str, Any]:
     """The figures of the model that the run starts from."""
     if not (run.place(0) / FIGURES).is_file():
-        finish(run, 0, run.timed("evaluate", lambda: evaluated(run, 0)))
+        finish(run, 0, run.timed("evaluate", lambda: measured(run, 0)))
     return read_json(run.place(0) / FIGURES)
 
 
-def one_round(run: Run, number: int) -> dict[str, Any]:
+def one_round(run: Rounds, number: int) -> dict[str, Any]:
     """Round `number`, or what is left of it; its figures. Afterwards the run holds the next round's model."""
     place, recipe = run.place(number), run.recipe
     if (place / ADAPTER).is_dir():
@@ -138,20 +204,27 @@ def one_round(run: Run, number: int) -> dict[str, Any]:
         made = learnt(run, number)
         if run.team.is_main:
             write_json(place / TRAINING, {**made, "seconds": run.seconds})
-            keep_adapter(run, number)
+            keep_round(run, number)
         run.team.wait()
     if not (place / FIGURES).is_file():
         if not recipe.keep_media:
             run.clips.forget(numbers_of(run, number))
         made = read_json(place / TRAINING)
         run.seconds = made.pop("seconds")
-        finish(run, number, {**made, **run.timed("evaluate", lambda: evaluated(run, number))})
+        finish(run, number, {**made, **run.timed("evaluate", lambda: measured(run, number))})
     if recipe.proxy and run.adapted is not None:
         run.model, run.adapted = merge(run.adapted), None
     return read_json(place / FIGURES)
 
 
-def bare(run: Run) -> Kokanee:
+def measured(run: Rounds, number: int) -> dict[str, Any]:
+    """How good the model is after a round, and how far it has moved."""
+    # Without a proxy the model without its adapter is that of the first round, whatever the round.
+    moved = run.recipe.proxy or number == 1
+    return evaluated(run, run.recipe.data.validation, run.place(number), f"round {number}, ", moved)
+
+
+def bare(run: Rounds) -> Kokanee:
     """The model without the adapter of an earlier round, if one is on it that was not merged."""
     if run.adapted is not None:
         model: Any = run.adapted.unload()
@@ -160,7 +233,7 @@ def bare(run: Run) -> Kokanee:
     return run.model
 
 
-def finish(run: Run, number: int, made: dict[str, Any]) -> None:
+def finish(run: Rounds, number: int, made: dict[str, Any]) -> None:
     """Note that a round is done, and bring the report up to date."""
     if run.team.is_main:
         write_json(run.place(number) / FIGURES, {"version": VERSION, "round": number, **made, "seconds": run.seconds})
@@ -169,7 +242,7 @@ def finish(run: Run, number: int, made: dict[str, Any]) -> None:
     run.team.wait()
 
 
-def learnt(run: Run, number: int) -> dict[str, Any]:
+def learnt(run: Rounds, number: int) -> dict[str, Any]:
     """Sample, judge, pick and train; what came out, in figures."""
     recipe, place, made = run.recipe, run.place(number), {}
     tasks = tasks_of(run, number)
@@ -179,13 +252,24 @@ def learnt(run: Run, number: int) -> dict[str, Any]:
         drafts = run.timed(
             "sample",
             lambda: run.writer.captions(
-                place / SAMPLES, run.clips, tasks, recipe.decodings(number), recipe.samples, told(run, "sample", number)
+                place / SAMPLES,
+                run.clips,
+                tasks,
+                recipe.decodings(number),
+                recipe.samples,
+                told(run, f"round {number}, sample"),
             ),
         )
         judged = run.timed(
             "judge",
             lambda: verdicts(
-                place / VERDICTS, run.judge, tasks, drafts, run.team, told(run, "judge", number), recipe.unjudged
+                place / VERDICTS,
+                run.judge,
+                tasks,
+                drafts,
+                run.team,
+                told(run, f"round {number}, judge"),
+                recipe.unjudged,
             ),
         )
         lessons, made["pairs"] = pick(run, place / PAIRS, tasks, drafts, judged)
@@ -197,7 +281,7 @@ def learnt(run: Run, number: int) -> dict[str, Any]:
     return made
 
 
-def numbers_of(run: Run, number: int) -> list[int]:
+def numbers_of(run: Rounds, number: int) -> list[int]:
     """The clips of a round. All clips come before any comes again."""
     recipe, order = run.recipe, list(range(len(run.clips)))
     random.Random(f"{recipe.seed}/clips").shuffle(order)
@@ -205,9 +289,9 @@ def numbers_of(run: Run, number: int) -> list[int]:
     return [order[(first + place) % len(order)] for place in range(recipe.clips)]
 
 
-def tasks_of(run: Run, number: int) -> list[Task]:
+def tasks_of(run: Rounds, number: int) -> list[Task]:
     """The clips of a round that can be read, in groups of like length."""
-    return tasks_for(run, "train", numbers_of(run, number), f"{run.recipe.seed}/{number}")
+    return tasks_for(run, run.recipe.data.train, "train", numbers_of(run, number), f"{run.recipe.seed}/{number}")
 
 
 def lesson_of(task: Task, pairs: Sequence[tuple[str, str]] = ()) -> Lesson:
@@ -216,7 +300,7 @@ def lesson_of(task: Task, pairs: Sequence[tuple[str, str]] = ()) -> Lesson:
 
 
 def pick(
-    run: Run, path: Path, tasks: Sequence[Task], drafts: Sequence[dict[str, Any]], judged: Sequence[dict[str, Any]]
+    run: Rounds, path: Path, tasks: Sequence[Task], drafts: Sequence[dict[str, Any]], judged: Sequence[dict[str, Any]]
 ) -> tuple[list[Lesson], dict[str, Any]]:
     """Lessons from better and worse captions of each clip, which are also written as pairs; and figures of them."""
     rules = run.recipe.pairs
@@ -246,15 +330,13 @@ def pick(
     }
 
 
-def trained(run: Run, number: int, lessons: Sequence[Lesson]) -> dict[str, float]:
+def trained(run: Rounds, number: int, lessons: Sequence[Lesson]) -> dict[str, float]:
     """Train an adapter on the lessons: a new one, whose B is 0, or the last round's further. The last figures."""
     recipe, place = run.recipe, run.place(number)
     if run.adapted is None:
         torch.manual_seed(recipe.seed_of(number))
         run.adapted = adapted(run.model, recipe.lora)
     model: Any = run.adapted.get_base_model()
-    if recipe.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
     objective = Preferences(
         model,
         run.processor,
@@ -264,44 +346,16 @@ def trained(run: Run, number: int, lessons: Sequence[Lesson]) -> dict[str, float
         held_out=recipe.n_held_out,
         seed=recipe.seed_of(number),
     )
-    weights = {}
-    for name, parameter in objective.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-        if "lora_" in name:
-            weights[name] = parameter
-    with branch_attention_in(model):
+    settings = recipe.model_copy(update={"seed": recipe.seed_of(number), "learning_rate": recipe.rate_of(number)})
+
+    def before() -> None:
         if recipe.loss in WITH_PAIRS:
             objective.reference = references(run, place / REFERENCE, objective, number)
-        settings = recipe.model_copy(update={"seed": recipe.seed_of(number), "learning_rate": recipe.rate_of(number)})
-        found = train(
-            objective,
-            settings,
-            place / TRAIN,
-            weights,
-            lambda step, said: run.report(f"round {number}, train", step, recipe.steps, said),
-            free=FREE,
-        )
-    model.eval()
-    if recipe.gradient_checkpointing:
-        model.activation_checkpointing_disable()
-    return found
+
+    return fit(run, objective, settings, place / TRAIN, f"round {number}, train", FREE_IN_ROUNDS, before)
 
 
-def adapted(model: Kokanee, lora: Lora) -> PeftModel:
-    """The model with a new adapter on its decoder, which changes nothing yet."""
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=rf"language_model\..*\.({'|'.join(lora.modules)})",
-    )
-    try:
-        return wrapped(model, config)
-    except ValueError as error:
-        raise KokaneeError(f"lora.modules: {error}. Name parts of the decoder's layers, such as q_proj.") from error
-
-
-def references(run: Run, path: Path, objective: Preferences, number: int) -> list[torch.Tensor]:
+def references(run: Rounds, path: Path, objective: Preferences, number: int) -> list[torch.Tensor]:
     """The log-probabilities of all pairs under the round's first model, of each lesson (pairs, 2); computed once and
     kept in `path`."""
     total = len(objective.lessons)
@@ -311,74 +365,15 @@ def references(run: Run, path: Path, objective: Preferences, number: int) -> lis
         return [{"lesson": lesson, "log_probs": row.tolist()} for lesson, row in zip(lessons, found, strict=True)]
 
     order = sorted(range(total), key=objective.lengths.__getitem__)
-    records = run.team.share_into(path, order, run.recipe.batch_size, work, told(run, "reference", number))
+    records = run.team.share_into(path, order, run.recipe.batch_size, work, told(run, f"round {number}, reference"))
     table = {record["lesson"]: torch.tensor(record["log_probs"]) for record in records}
     return [table[lesson] for lesson in range(total)]
 
 
-def keep_adapter(run: Run, number: int) -> None:
-    """Write the round's adapter, whole or not at all, with what it belongs to; the checkpoint of its training is no
-    longer needed then."""
-    assert run.adapted is not None
-    place = run.place(number)
-    unfinished = place / f".{ADAPTER}{UNFINISHED}"
-    shutil.rmtree(unfinished, ignore_errors=True)
+def keep_round(run: Rounds, number: int) -> None:
+    """Write the round's adapter, with what it belongs to; the checkpoint of its training is no longer needed then."""
     base = run.recipe.model
     if run.recipe.proxy and number > 1:
         base += f" with the adapters of rounds 1 to {number - 1} merged" if number > 2 else " with round 1 merged"
-    run.adapted.peft_config["default"].base_model_name_or_path = base
-    run.adapted.save_pretrained(str(unfinished), save_embedding_layers=False)  # "auto" would ask the hub for the base
-    write_text(unfinished / "README.md", f"Adapter of round {number} of mrDPO (Kokanee). Its base is {base}.\n")
-    unfinished.rename(place / ADAPTER)
-    (place / TRAIN / CHECKPOINT).unlink(missing_ok=True)
-
-
-def evaluated(run: Run, number: int) -> dict[str, Any]:
-    """How good the model is: validation clips captioned greedily and at temperature 1, judged; questions answered; and
-    of a round how far the model has moved, in nats a caption: KL from the model without the adapter."""
-    recipe, place, made = run.recipe, run.place(number), {}
-    numbers = range(min(recipe.validation_clips, len(run.validation)))
-    tasks = tasks_for(run, "validation", numbers, "validation")
-    made["clips"] = len(tasks)
-    for name, file, temperature in (("greedy", GREEDY, 0.0), ("sampled", SAMPLED, 1.0)):
-        decoding = Decoding(temperature, 1.0, recipe.seed, recipe.max_new_tokens)
-        written = told(run, f"check, {name}", number)
-        drafts = run.writer.captions(place / f"{file}.jsonl", run.validation, tasks, [decoding], 1, written)
-        path, read = place / f"{file}-verdicts.jsonl", told(run, f"judge, {name}", number)
-        judged = verdicts(path, run.judge, tasks, drafts, run.team, read, recipe.unjudged)
-        rows = [candidates(*row) for row in zip(drafts, judged, strict=True)]
-        judged_ones = [one for row in rows for one in row]
-        if not judged_ones:
-            raise KokaneeError(
-                f"None of {len(drafts)} captions of the validation clips has a verdict, so nothing can be measured. "
-                "Begin in another folder, with more validation clips or another judge."
-            )
-        made[name] = {**figures(judged_ones), "unjudged": len(drafts) - len(judged_ones)}
-        # Without a proxy the model without its adapter is that of the first round, whatever the round.
-        if name == "sampled" and run.adapted is not None and (recipe.proxy or number == 1):
-            made["kl"] = divergence(run, tasks, [draft["captions"][0] for draft in drafts])
-    made["qa"] = run.writer.right_answers(run.validation, tasks)
-    return made
-
-
-def divergence(run: Run, tasks: Sequence[Task], captions: Sequence[str]) -> float:
-    """The mean log-probability of the model's own captions, less that under the model without the adapter."""
-    lessons = [Lesson(task.number, task.name, task.prompt, text) for task, text in zip(tasks, captions, strict=True)]
-    assert run.adapted is not None
-    model: Any = run.adapted.get_base_model()
-    objective = Preferences(model, run.processor, run.validation, lessons, Weights("ce"), held_out=0, seed=0)
-    size = run.recipe.batch_size
-    groups = [range(at, min(at + size, len(lessons))) for at in range(0, len(lessons), size)]
-    adapter = run.adapted
-
-    def work(numbers: Sequence[int]) -> list[float]:
-        now = objective.answer_sums(numbers)
-        with adapter.disable_adapter():
-            before = objective.answer_sums(numbers)
-        return (now - before)[:, 0].tolist()
-
-    found: list[float] = []
-    with branch_attention_in(model):
-        for first in range(0, len(groups), run.team.state.num_processes):
-            found += run.team.share(groups, first, work)
-    return sum(found) / max(1, len(found))
+    keep_adapter(run, run.place(number) / ADAPTER, base, f"round {number} of mrDPO")
+    (run.place(number) / TRAIN / CHECKPOINT).unlink(missing_ok=True)

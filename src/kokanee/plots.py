@@ -22,12 +22,16 @@ Drawn = Literal["bars", "line", "curve", "dots"]
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y) in the order of x. Bars of several series are stacked; a curve is a line without dots."""
+    """Points (x, y) in the order of x. Bars of several series are stacked; a curve is a line without dots.
+
+    The last value of a quiet series is not told: it is one of many at the same x.
+    """
 
     name: str
     kind: str
     drawn: Drawn
     points: Sequence[tuple[float, float]]
+    quiet: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,11 @@ def plot(title: str, unit: str, series: Sequence[Series], rounds: int, decimals:
     lowest = min(0.0, *heights) if bars else min(heights)
     axes = Axes(ticks(lowest, max(heights), 10.0**-decimals), rounds, 0.5 if bars else 0.15)
     drawn = "".join([frame(axes), columns(axes, bars, decimals), *(traced(axes, one, decimals) for one in others)])
-    last = [one.points[-1][1] for one in known]
-    told = "; ".join([title, *(f"{one.name} {shown(value, decimals)}" for one, value in zip(known, last, strict=True))])
+    last = [shown(one.points[-1][1], decimals) for one in known]
+    told = "; ".join([title, *(f"{one.name} {value}" for one, value in zip(known, last, strict=True) if not one.quiet)])
     legend = "".join(
         f'<span><i class="{one.drawn} {one.kind}"></i>{html.escape(one.name)}'
-        + ("" if one.drawn == "curve" else f" <strong>{shown(value, decimals)}</strong>")
+        + ("" if one.drawn == "curve" or one.quiet else f" <strong>{value}</strong>")
         + "</span>"
         for one, value in zip(known, last, strict=True)
     )

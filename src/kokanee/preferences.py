@@ -36,12 +36,12 @@ WINDOW = 16  # batches that are made together, so that clips of like length can 
 @dataclass(frozen=True)
 class Lesson:
     """What is learnt about one clip: pairs of a better and a worse caption of the model's, the caption of somebody who
-    saw the clip, answers to other questions."""
+    saw the clip (None: nobody's), answers to other questions."""
 
     number: int
     name: str
     prompt: str
-    ground_truth: str
+    ground_truth: str | None
     pairs: tuple[tuple[str, str], ...] = ()
     questions: tuple[tuple[str, str], ...] = ()
 
@@ -132,19 +132,26 @@ class Preferences(Objective):
         block = self.clips.view(lesson.number).block
         loss = self.weights.loss
         told = [text for pair in lesson.pairs for text in pair] if loss in WITH_PAIRS else []
-        told += [lesson.ground_truth] if loss in WITH_GROUND_TRUTH else []
+        told += self.truths(lesson)
         whole = [
             self.processor.prepare_ids([Turn("user", asked), Turn("assistant", text)], [block])
             for asked, text in [*((lesson.prompt, text) for text in told), *lesson.questions]
         ]
         return pack(whole, shared_length(whole))
 
+    def truths(self, lesson: Lesson) -> list[str]:
+        """The ground truth of a lesson, if it is learnt."""
+        truth = lesson.ground_truth if self.weights.loss in WITH_GROUND_TRUTH else None
+        return [] if truth is None else [truth]
+
     def collate(self, numbers: Sequence[int]) -> Batch:
-        """The packed lessons, how many pairs each has (B,), all pairs' references (P, 2), and the clips' media."""
+        """The packed lessons, how many pairs and ground truths each has (B,), all pairs' references (P, 2), and the
+        clips' media."""
         batch = collate_packed([self.packed(number) for number in numbers], self.processor.pad_id)
         batch["sample"] = torch.tensor(numbers)
         with_pairs = self.weights.loss in WITH_PAIRS
         batch["pairs"] = torch.tensor([len(self.lessons[number].pairs) if with_pairs else 0 for number in numbers])
+        batch["truths"] = torch.tensor([len(self.truths(self.lessons[number])) for number in numbers])
         if self.reference is not None:
             batch["reference"] = torch.cat([self.reference[number] for number in numbers])
         views = [self.clips.view(self.lessons[number].number).media for number in numbers]
@@ -162,9 +169,8 @@ class Preferences(Objective):
         n_clips, n_answers = len(batch["input_ids"]), int(batch["segments"].max())
         sums = answer_log_probs(log_probs_N, rows_N * n_answers + branches_N - 1, n_clips * n_answers)
         after_N = branches_N - 1 - 2 * batch["pairs"][rows_N]
-        kinds_N = torch.where(after_N < 0, PAIR, torch.where(after_N == 0, GROUND_TRUTH, ANSWER))
-        if self.weights.loss not in WITH_GROUND_TRUTH:
-            kinds_N = torch.where(after_N < 0, PAIR, ANSWER)
+        kinds_N = torch.where(after_N < batch["truths"][rows_N], GROUND_TRUTH, ANSWER)
+        kinds_N = torch.where(after_N < 0, PAIR, kinds_N)
         return sums.view(n_clips, n_answers), log_probs_N, kinds_N
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, Stats]:
@@ -174,7 +180,7 @@ class Preferences(Objective):
         stats: Stats = {}
         truth_N, answers_N = log_probs_N[kinds_N == GROUND_TRUTH], log_probs_N[kinds_N == ANSWER]
         if weights.loss == "ce":
-            loss = -weights.gt_weight * truth_N.mean()
+            loss = -weights.gt_weight * (truth_N.mean() if len(truth_N) else 0.0 * log_probs_N.sum())
         else:
             preference = dpo(self.of_pairs(sums_BA, batch["pairs"]), batch["reference"], weights.beta)
             loss = preference.loss_P.mean()

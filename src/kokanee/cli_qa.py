@@ -1,0 +1,140 @@
+"""`kokanee qa`: questions about videos, open or with options: right answers by kind of question, as a table."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kokanee.cli_caption import NAMED, Base, Device, Dtype, Set, local_captioner
+from kokanee.console import bar, key_value, say
+from kokanee.errors import KokaneeError
+from kokanee.formats import check_writable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kokanee.qa import Accuracy, Answered, Examinee, Share
+    from kokanee.questions import Question, Video
+
+HEAD = "| kind | questions | right % | 95 % interval | chance % |"
+NONE = "–"
+
+
+class By(str, Enum):
+    auto = "auto"
+    answer = "answer"
+    text = "text"
+    letter = "letter"
+
+
+def qa(
+    questions: Annotated[
+        Path,
+        typer.Argument(help="Questions in JSON or JSON lines, or a folder of `kokanee world make`."),
+    ],
+    videos: Annotated[
+        Path | None, typer.Option(help="Folder that the videos' names start from; by default that of QUESTIONS.")
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option("--model", "-m", help="A folder, a name on the hub, or nano, which knows its own world only."),
+    ] = "nano",
+    by: Annotated[
+        By,
+        typer.Option(
+            help="answer: what is said is right; text, letter: the right option is the likeliest, its text or its "
+            "letter. auto: letter if all questions have options and are not the world's, else answer."
+        ),
+    ] = By.auto,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for every answer and scores.json; a stopped run goes on.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions computed together.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many videos.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    base: Base = None,
+    set_: Set = None,
+) -> None:
+    """How many questions about videos a model answers rightly, overall and by kind of question.
+
+    In per cent, with 95 % confidence intervals over videos. Videos that cannot be read are left out and counted.
+    """
+    replaced = dict(key_value(item) for item in set_ or [])
+    if out is not None:
+        check_writable(out / "scores.json")
+    from kokanee.questions import by_video, read_questions
+
+    asked = read_questions(questions)
+    folder = videos or (questions if questions.is_dir() else questions.parent)
+    chosen = by_video(asked, folder)[:limit]
+    captioner: Any = local_captioner(model, device, dtype, base, replaced)
+    from kokanee.qa import Examinee, answer_tokens, askable, default_way
+
+    way = default_way(questions, asked) if by is By.auto else by.value
+    kept = askable(chosen, way)
+    longest = answer_tokens(captioner.processor, asked)
+    examinee = Examinee(captioner.model, captioner.processor, way, batch_size, longest)
+    say(f"{model}: {number_of(kept)} questions about {len(kept)} videos, by {way}")
+    tell(marked(examinee, kept, asked, folder, out), number_of(chosen) - number_of(kept))
+
+
+def marked(
+    examinee: Examinee, videos: Sequence[Video], asked: Sequence[Question], folder: Path, out: Path | None
+) -> list[Answered]:
+    """The videos with their marked questions, kept in `out`, and a bar for them."""
+    from kokanee.qa_run import run, settings_of
+
+    found: list[Answered] = []
+    with bar() as progress:
+        task = progress.add_task("videos", total=len(videos))
+        if out is not None:
+            settings = settings_of(examinee, asked, folder)
+            return run(out, examinee, videos, settings, lambda done: progress.update(task, completed=done))
+        for answered in examinee.each(videos):
+            found.append(answered)
+            progress.update(task, completed=len(found))
+    return found
+
+
+def number_of(videos: Sequence[Video]) -> int:
+    """How many questions there are about these."""
+    return sum(len(video.questions) for video in videos)
+
+
+def tell(answered: Sequence[Answered], without_options: int) -> None:
+    """Print the table. Raises `KokaneeError` where videos could not be read, so that the exit code says it too."""
+    from kokanee.qa import accuracy
+
+    found = accuracy(answered)
+    if found.overall.asked:
+        typer.echo("\n".join(table(found, without_options)))
+    if found.unread:
+        reasons = list(found.unread.values())
+        more = [f"and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else []
+        head = (
+            f"{len(reasons)} of {len(answered)} videos cannot be read, and their {found.lost} questions are left out:"
+        )
+        raise KokaneeError("\n  ".join([head, *reasons[:NAMED], *more]))
+
+
+def table(found: Accuracy, without_options: int) -> list[str]:
+    """The lines of the table: a kind each, all together, and what is left out."""
+    lines = [HEAD, "|---" * (HEAD.count("|") - 1) + "|"]
+    lines += [row(kind, share) for kind, share in {**found.kinds, "overall": found.overall}.items()]
+    left_out = {
+        "left out: no options": without_options,
+        f"left out: unreadable videos ({len(found.unread)})": found.lost,
+    }
+    return lines + [f"| {why} | {count} | {NONE} | {NONE} | {NONE} |" for why, count in left_out.items() if count]
+
+
+def row(name: str, share: Share) -> str:
+    """One line of the table."""
+    low, high = share.interval
+    interval = f"{low:.1f} to {high:.1f}" if share.files > 1 else NONE
+    chance = NONE if share.chance is None else f"{share.chance:.1f}"
+    return f"| {name} | {share.asked} | {share.percent:.1f} | {interval} | {chance} |"

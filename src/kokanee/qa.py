@@ -1,0 +1,266 @@
+"""Questions about videos, answered by a model and marked: right answers in per cent, with intervals of confidence.
+
+There are three ways (`Way`) of asking:
+
+- "answer": the bare question, answered greedily. Right is what is the right answer but for capital letters, white space
+  and punctuation at its end (`questions.is_right`).
+- "text": the bare question, and each option as its answer. Chosen is the option of the highest log-probability: the
+  sum over its tokens, the end token included and not divided by their number.
+- "letter": the question, the options with letters, one a line, and `SENTENCE`. Chosen is the letter whose first token
+  is the likeliest, as published benchmarks of options have it.
+
+Options are computed in one pass, packed behind one prompt (`prefix.py`), and no option sees another.
+
+Axes: N label tokens, B questions of a batch, O options of a question at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from kokanee.captions import Decoding
+from kokanee.clips import View, watch
+from kokanee.conversations import shared_length
+from kokanee.errors import KokaneeError, memory_said
+from kokanee.events import OTHER, Counts, interval
+from kokanee.exam import answers
+from kokanee.losses import answer_log_probs
+from kokanee.model import EMBED_INPUTS, Kokanee
+from kokanee.prefix import Sample, branch_attention_in, collate_packed, pack, packed_log_probs
+from kokanee.processor import Processor
+from kokanee.prompt import IGNORED, Turn
+from kokanee.questions import LETTERS, Question, Video, by_video, is_right, of_world
+
+Way = Literal["answer", "text", "letter"]
+SENTENCE = "Answer with the option's letter from the given choices directly."
+ANSWER_TOKENS, LETTER_TOKENS = 16, 4
+LESS = "Ask fewer questions at once (--batch-size 1), or load the model in bfloat16 (--dtype bfloat16)."
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A question with what was said, or the text of the option that was chosen, and whether that is right.
+
+    log_probs: of each option, where options were chosen from.
+    """
+
+    question: Question
+    said: str
+    right: bool
+    log_probs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A video with its marked questions; with none, and the reason, where it could not be read."""
+
+    video: Video
+    answers: tuple[Marked, ...]
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of the questions about some files were answered rightly.
+
+    interval: in per cent, 95 % of bootstrap samples of the files lie in it. chance: right answers in per cent where one
+    of the options is drawn, None where not all questions have some.
+    """
+
+    right: int
+    asked: int
+    files: int
+    interval: tuple[float, float]
+    chance: float | None
+
+    @property
+    def percent(self) -> float:
+        return 100.0 * self.right / max(1, self.asked)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"percent": self.percent, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Right answers, overall and by kind of question. unread: the videos that could not be read, and why; their
+    `lost` questions count nowhere."""
+
+    overall: Share
+    kinds: dict[str, Share]
+    unread: dict[str, str]
+    lost: int
+
+    def as_dict(self) -> dict[str, Any]:
+        kinds = {kind: share.as_dict() for kind, share in self.kinds.items()}
+        return {"overall": self.overall.as_dict(), "kinds": kinds, "unread": self.unread, "unread_questions": self.lost}
+
+
+@dataclass(frozen=True)
+class Examinee:
+    """A model that is asked. batch_size: questions computed together. max_new_tokens: of an answer that is said."""
+
+    model: Kokanee
+    processor: Processor
+    way: Way
+    batch_size: int = 8
+    max_new_tokens: int = ANSWER_TOKENS
+
+    def each(self, videos: Sequence[Video]) -> Iterator[Answered]:
+        """The videos in their order, each watched once and all its questions marked."""
+        self.model.eval()
+        for group in groups(videos, self.batch_size):
+            seen = [self.watched(video) for video in group]
+            asked = [
+                (view, q) for view, v in zip(seen, group, strict=True) if isinstance(view, View) for q in v.questions
+            ]
+            parts = [asked[at : at + self.batch_size] for at in range(0, len(asked), self.batch_size)]
+            marked = iter([one for part in parts for one in self.marked(part)])
+            for video, view in zip(group, seen, strict=True):
+                error = view if isinstance(view, str) else ""
+                yield Answered(video, () if error else tuple(next(marked) for _ in video.questions), error)
+
+    def watched(self, video: Video) -> View | str:
+        """What the encoders make of a video, or why it cannot be read."""
+        try:
+            return watch(self.model, self.processor, video.path)
+        except KokaneeError as error:
+            return str(error)
+
+    def marked(self, asked: Sequence[tuple[View, Question]]) -> list[Marked]:
+        """One batch of questions, marked."""
+        questions = [question for _, question in asked]
+        if self.way == "answer":
+            decoding = Decoding(max_new_tokens=self.max_new_tokens)
+            bare = [(view, question.question) for view, question in asked]
+            said = answers(self.model, self.processor, bare, decoding, batch_size=self.batch_size)
+            return [Marked(q, text, is_right(text, q)) for q, text in zip(questions, said, strict=True)]
+        found = []
+        for question, log_probs in zip(questions, self.log_probs(asked), strict=True):
+            chosen = question.options[log_probs.index(max(log_probs))]
+            found.append(Marked(question, chosen, chosen == question.answer, log_probs))
+        return found
+
+    @memory_said(LESS)
+    @torch.no_grad()
+    def log_probs(self, asked: Sequence[tuple[View, Question]]) -> list[tuple[float, ...]]:
+        """Of each question the log-probability of every option, from one pass."""
+        device = self.model.device
+        batch = collate_packed([self.packed(*one) for one in asked], self.processor.pad_id)
+        batch = {name: value.to(device) for name, value in batch.items()}
+        media = {}
+        for name in EMBED_INPUTS:
+            found = [view.media[name] for view, _ in asked if name in view.media]
+            if found:
+                media[name] = torch.cat(found).to(device)
+        with branch_attention_in(self.model):
+            log_probs_N, rows_N, options_N = packed_log_probs(self.model, batch, **media)
+        n_options = int(batch["segments"].max())
+        sums = answer_log_probs(log_probs_N, rows_N * n_options + options_N - 1, len(asked) * n_options)
+        sums_BO = sums.view(len(asked), n_options)
+        if not torch.isfinite(sums_BO).all():
+            raise KokaneeError(
+                "The model's log-probabilities are not finite. Load it with dtype bfloat16 or float32; if they stay "
+                "so, the checkpoint is damaged."
+            )
+        return [tuple(row_O[: len(q.options)].tolist()) for row_O, (_, q) in zip(sums_BO, asked, strict=True)]
+
+    def packed(self, view: View, question: Question) -> Sample:
+        """A question with all its options as answers; labels are the tokens whose log-probabilities count."""
+        by_letter = self.way == "letter"
+        text = lettered(question) if by_letter else question.question
+        newline = len(self.processor.writer.turn_end) - 1  # what follows the end token is never generated
+        samples = []
+        for answer in LETTERS[: len(question.options)] if by_letter else question.options:
+            sample = self.processor.prepare_ids([Turn("user", text), Turn("assistant", answer)], [view.block])
+            told = (sample["labels"] != IGNORED).nonzero()[:, 0]
+            sample["labels"][told[1:] if by_letter else told[len(told) - newline :]] = IGNORED
+            samples.append(sample)
+        return pack(samples, shared_length(samples))
+
+
+def lettered(question: Question) -> str:
+    """A question with its options and what to do with them."""
+    options = [f"{letter}. {option}" for letter, option in zip(LETTERS, question.options, strict=False)]
+    return "\n".join([question.question, *options, SENTENCE])
+
+
+def groups(videos: Sequence[Video], size: int) -> Iterator[list[Video]]:
+    """The videos in groups of at least `size` questions, but for the last."""
+    group: list[Video] = []
+    for video in videos:
+        group.append(video)
+        if sum(len(one.questions) for one in group) >= size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def default_way(path: str | Path, questions: Sequence[Question]) -> Way:
+    """ "letter" for a file of which all questions have options, "answer" for others and for clips of the world."""
+    return "answer" if of_world(path) or not all(question.options for question in questions) else "letter"
+
+
+def askable(videos: Sequence[Video], way: Way) -> list[Video]:
+    """The videos with those of their questions that can be asked in this way. Raises `KokaneeError` where none can."""
+    if way == "answer":
+        return list(videos)
+    kept = [replace(video, questions=tuple(q for q in video.questions if q.options)) for video in videos]
+    kept = [video for video in kept if video.questions]
+    longest = max((len(q.options) for video in kept for q in video.questions), default=0)
+    if not kept:
+        raise KokaneeError(f"No question has options, of which {way!r} chooses one. Ask by 'answer' (--by answer).")
+    if way == "letter" and longest > len(LETTERS):
+        raise KokaneeError(f"A question has {longest} options, but there are 26 letters. Ask by 'text' (--by text).")
+    return kept
+
+
+def answer_tokens(processor: Processor, questions: Sequence[Question]) -> int:
+    """How long an answer may become: as long as the longest right one, with its option's letter before it."""
+    longest = max(len(processor.tokenizer(question.answer)["input_ids"]) for question in questions)
+    return max(ANSWER_TOKENS, longest + LETTER_TOKENS)
+
+
+def examined(
+    model: Kokanee,
+    processor: Processor,
+    questions: Sequence[Question],
+    videos: str | Path,
+    way: Way = "answer",
+    *,
+    batch_size: int = 8,
+) -> list[Answered]:
+    """All questions about the files of the folder `videos` that can be asked in this way, answered and marked."""
+    examinee = Examinee(model, processor, way, batch_size, answer_tokens(processor, questions))
+    return list(examinee.each(askable(by_video(questions, Path(videos)), way)))
+
+
+def accuracy(answered: Sequence[Answered]) -> Accuracy:
+    """Right answers overall and by kind, with intervals over files: questions about one file are not independent."""
+    unread = [one for one in answered if one.error]
+    marked = {one.video.file: one.answers for one in answered if not one.error}
+    kinds = sorted({answer.question.kind for some in marked.values() for answer in some})
+    by_kind = {kind: {f: [a for a in some if a.question.kind == kind] for f, some in marked.items()} for kind in kinds}
+    return Accuracy(
+        share(marked),
+        {kind or OTHER: share(some) for kind, some in by_kind.items()} if kinds != [""] else {},
+        {one.video.file: one.error for one in unread},
+        sum(len(one.video.questions) for one in unread),
+    )
+
+
+def share(by_file: Mapping[str, Sequence[Marked]]) -> Share:
+    """The share of right answers among those of each file."""
+    # By name, as a bootstrap draws places. A wrong answer is what a missed event is: one of those that there are.
+    marked = [by_file[file] for file in sorted(by_file) if by_file[file]]
+    counts = [Counts(sum(not answer.right for answer in some), 0, 0, len(some)) for some in marked]
+    asked, wrong = sum(count.n_events for count in counts), sum(count.missed for count in counts)
+    sizes = [len(answer.question.options) for some in marked for answer in some]
+    chance = 100.0 * sum(1 / size for size in sizes) / asked if sizes and all(sizes) else None
+    return Share(asked - wrong, asked, len(marked), interval(counts, lambda rates: 100.0 - rates.missed), chance)

@@ -1,0 +1,111 @@
+"""Questions about many videos: a record of each video's answers as they are made, so that a run can be killed any time.
+
+The folder holds state.json (all that the answers depend on), answers.jsonl (which only grows; of several records of a
+video the last one counts) and, from when all is done, scores.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kokanee.clips import version_of
+from kokanee.conversations import digest
+from kokanee.errors import KokaneeError
+from kokanee.formats import alone_in, append_jsonl, differences, read_json, read_jsonl, refuse_foreign, write_json
+from kokanee.qa import Answered, Examinee, Marked, accuracy
+from kokanee.questions import Question, Video
+from kokanee.weights import fingerprint
+
+VERSION = 1
+STATE, ANSWERS, SCORES = "state.json", "answers.jsonl", "scores.json"
+
+
+def settings_of(examinee: Examinee, questions: Sequence[Question], videos: Path) -> dict[str, Any]:
+    """All that the answers depend on."""
+    return {
+        "version": VERSION,
+        "questions": digest(questions),
+        "videos": videos.resolve().as_posix(),
+        "way": examinee.way,
+        "weights": fingerprint(examinee.model),
+        "dtype": str(examinee.model.dtype).removeprefix("torch."),
+        "processor": examinee.processor.config.model_dump(mode="json"),
+    }
+
+
+def run(
+    out: Path,
+    examinee: Examinee,
+    videos: Sequence[Video],
+    settings: dict[str, Any],
+    on_video: Callable[[int], None] | None = None,
+) -> list[Answered]:
+    """The videos with their marked questions, each also a record in `out` as soon as it is done, and their scores.
+
+    Goes on where an earlier run stopped; videos that could not be read or have changed are tried again. `on_video` is
+    told how many are done. Raises `KokaneeError` for a folder that was made with other settings.
+    """
+    refuse_foreign(out, STATE)
+    with alone_in(out):
+        check_same(out, settings)
+        path = out / ANSWERS
+        if path.is_file() and b"\n" not in path.read_bytes():
+            path.unlink()  # a run was killed in the middle of the first record
+        before = {record["file"]: record for record in read_jsonl(path)} if path.is_file() else {}
+        known = {video: kept(video, before.get(video.file)) for video in videos}
+        found = {video: answered for video, answered in known.items() if answered is not None}
+        (out / SCORES).unlink(missing_ok=True)
+        if found and on_video is not None:
+            on_video(len(found))
+        for answered in examinee.each([video for video in videos if video not in found]):
+            record = record_of(answered)
+            if record != before.get(answered.video.file):
+                append_jsonl(path, [record])
+            found[answered.video] = answered
+            if on_video is not None:
+                on_video(len(found))
+        everything = [found[video] for video in videos]
+        write_json(out / SCORES, {**settings, "files": len(videos), **accuracy(everything).as_dict()})
+    return everything
+
+
+def check_same(out: Path, settings: dict[str, Any]) -> None:
+    """Note the settings of a new folder. Raises `KokaneeError` where an earlier run had others, saying which."""
+    state = out / STATE
+    if not state.is_file():
+        write_json(state, settings)
+    differing = differences(*map(flat, (read_json(state), settings)))
+    if differing:
+        raise KokaneeError(
+            f"{out} was made with other settings ({'; '.join(differing)}). Use the same, or another folder."
+        )
+
+
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with each of the processor's by its own name."""
+    return {name: value for name, value in settings.items() if name != "processor"} | settings.get("processor", {})
+
+
+def record_of(answered: Answered) -> dict[str, Any]:
+    """One video in answers.jsonl."""
+    video = answered.video
+    made = {"error": answered.error} if answered.error else {"answers": [entry_of(one) for one in answered.answers]}
+    return {"version": VERSION, "file": video.file, "version_of_file": version_of(video.path), **made}
+
+
+def entry_of(answer: Marked) -> dict[str, Any]:
+    """One question in answers.jsonl."""
+    question = answer.question
+    found = {"question": question.question, "kind": question.kind, "answer": question.answer}
+    more = {"options": list(question.options), "log_probs": list(answer.log_probs)}
+    return found | {"said": answer.said, "right": answer.right} | {name: some for name, some in more.items() if some}
+
+
+def kept(video: Video, record: dict[str, Any] | None) -> Answered | None:
+    """The answers of an earlier run about the file as it is now; None where there are none."""
+    if record is None or "error" in record or record["version_of_file"] != version_of(video.path):
+        return None
+    rows = zip(video.questions, record["answers"], strict=True)
+    return Answered(video, tuple(Marked(q, a["said"], a["right"], tuple(a.get("log_probs", ()))) for q, a in rows))

@@ -1,0 +1,224 @@
+"""Questions about videos with their right answers, read from files: open ones, and those with options to choose from.
+
+- a folder of `kokanee world make`, or its samples.jsonl;
+- JSON lines, or a list in JSON, of {"file", "question", "answer"}, with "options" where there are any and a "kind"
+  where it is known, under these names or those that benchmarks have for them; or an entry a video, with "questions".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from kokanee.errors import KokaneeError
+from kokanee.files import MEDIA
+from kokanee.formats import read_jsonl
+
+LETTERS = ascii_uppercase
+SAMPLES = "samples.jsonl"
+QUESTIONS = "questions"
+FILE = ("file", "video", "video_path", "video_file", "video_name", "file_name", "filename", "videoid", "video_id")
+ANSWER = ("answer", "correct_answer", "correct_choice")
+OPTIONS = ("options", "choices", "candidates", "choice")
+KIND = ("kind", "task_type", "question_type", "question_category", "type", "category")
+FORM = (
+    'It must be like {"file": "0.mp4", "question": "What barks?", "answer": "a dog"}, with "options" if there are any.'
+)
+LETTERED = re.compile(r"\(?([A-Za-z])(?:[.):]+\s*|\s+|$)(.*)", re.DOTALL)
+PREFIXED = re.compile(r"\(?([A-Za-z])[.):]+\s*(.*)", re.DOTALL)
+FINAL = ".,;:!? "
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a file, and its right answer: where there are options, the text of the right one.
+
+    kind: what sort of question it is, "" if not known. options: the texts to choose from, none for an open question.
+    """
+
+    file: str
+    question: str
+    answer: str
+    kind: str = ""
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Video:
+    """A file, and all questions about it. `file`: its name as the questions have it."""
+
+    file: str
+    path: Path
+    questions: tuple[Question, ...]
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """All questions of a file, or of a folder of the world's clips. Raises `KokaneeError` for what is no question."""
+    found = []
+    for where, entry in entries(path):
+        inside = entry.get(QUESTIONS)
+        if inside is None:
+            found.append(of_entry(entry, where))
+            continue
+        if not isinstance(inside, list) or not all(isinstance(one, dict) for one in inside):
+            raise KokaneeError(f"{where}: its questions are no list of questions. {FORM}")
+        found += [of_entry(entry | keyed(one), f"{where}, question {number}") for number, one in enumerate(inside)]
+    if not found:
+        raise KokaneeError(f"{path} holds no questions. Give a file that does.")
+    return found
+
+
+def of_world(path: str | Path) -> bool:
+    """Whether these are clips of the world."""
+    _, first = next(entries(path), ("", {}))
+    return "scene" in first
+
+
+def entries(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each entry of a file stands, and the entry, its keys in one spelling."""
+    path = Path(path)
+    path = path / SAMPLES if path.is_dir() else path
+    if not path.is_file():
+        raise KokaneeError(f"{path} is not there. Give a file of questions, or a folder of `kokanee world make`.")
+    items: Any
+    if path.suffix == ".json":
+        try:
+            items = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise KokaneeError(f"{path} is not JSON ({error}). Give JSON, or let JSON lines end in .jsonl.") from error
+        items = [items] if isinstance(items, dict) else items
+    else:
+        items = read_jsonl(path)
+    if not isinstance(items, list):
+        raise KokaneeError(f"{path} holds no list of questions. {FORM}")
+    for number, item in enumerate(items):
+        where = f"{path}, item {number}" if path.suffix == ".json" else f"{path}, line {number + 1}"
+        if not isinstance(item, dict):
+            raise KokaneeError(f"{where} is no question. {FORM}")
+        yield where, keyed(item)
+
+
+def keyed(item: dict[str, Any]) -> dict[str, Any]:
+    """An entry whose keys are in small letters, their words joined by underscores."""
+    return {re.sub(r"[\s-]+", "_", key.strip().lower()): value for key, value in item.items()}
+
+
+def of_entry(entry: dict[str, Any], where: str) -> Question:
+    """One question. A mistake is told with its place."""
+    file, question, answer = (text_of(first_of(entry, names)) for names in (FILE, ("question",), ANSWER))
+    missing = [name for name, text in (("file", file), ("question", question), ("answer", answer)) if not text]
+    if missing:
+        raise KokaneeError(f"{where} is no question: it has no {missing[0]} that is a text. {FORM}")
+    kind = first_of(entry, KIND)
+    options = options_of(first_of(entry, OPTIONS), where)
+    if options:
+        answer = option_meant(first_of(entry, ANSWER), options, where)
+    return Question(file, question, answer, kind.strip() if isinstance(kind, str) else "", options)
+
+
+def first_of(entry: dict[str, Any], names: Sequence[str]) -> Any:
+    """The value of the first of these keys that has one."""
+    return next((entry[name] for name in names if entry.get(name) is not None), None)
+
+
+def text_of(value: Any) -> str:
+    """A text or number as a text, "" for anything else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value.strip() if isinstance(value, str) else str(value) if is_number else ""
+
+
+def options_of(found: Any, where: str) -> tuple[str, ...]:
+    """The options' texts without the letters before them."""
+    if isinstance(found, dict):
+        named = {str(key).strip("(). ").upper(): value for key, value in found.items()}
+        if sorted(named) != list(LETTERS[: len(found)]):
+            raise KokaneeError(f"{where}: its options are called {', '.join(found)}. Call them A, B, C and so on.")
+        found = [named[letter] for letter in sorted(named)]
+    if found is None or found == []:
+        return ()
+    texts = [text_of(option) for option in found] if isinstance(found, list) else []
+    if len(texts) < 2 or not all(texts):
+        raise KokaneeError(f"{where}: its options are not two or more texts. Give such a list, or none.")
+    prefixed = [PREFIXED.fullmatch(text) for text in texts]
+    letters = "".join(match[1].upper() for match in prefixed if match)
+    if letters == LETTERS[: len(texts)]:
+        texts = [match[2].strip() for match in prefixed if match]
+    if not all(texts):
+        raise KokaneeError(f"{where}: its options are letters without texts. Give the options' texts.")
+    return tuple(texts)
+
+
+def option_meant(answer: Any, options: Sequence[str], where: str) -> str:
+    """The text of the option that a file gives as the right one: by its text, its letter, or its number from 0 on.
+
+    Raises `KokaneeError` where it is none of them, and where it may be several.
+    """
+    text = text_of(answer)
+    found = meanings(text, options)
+    if text.isdecimal() and not (isinstance(answer, str) and found):  # a text of digits is first of all a text
+        found |= set(options[int(text) : int(text) + 1])
+    if not found:
+        raise KokaneeError(f"{where}: the answer {text!r} is none of its options. Give an option's text or letter.")
+    if len(found) > 1:
+        names = " or ".join(repr(option) for option in options if option in found)
+        raise KokaneeError(f'{where}: the answer {text!r} may be {names}. Give its letter in brackets, such as "(A)".')
+    return found.pop()
+
+
+def meanings(said: str, options: Sequence[str]) -> set[str]:
+    """The options that an answer can mean: by the text, the letter ("B", "(B)", "B."), or both ("B. a dog")."""
+    found = {option for option in options if plain(option) == plain(said)}
+    match = LETTERED.fullmatch(said.strip())
+    place = LETTERS.index(match[1].upper()) if match else len(options)
+    if match and place < len(options) and plain(match[2]) in ("", plain(options[place])):
+        found.add(options[place])
+    return found
+
+
+def plain(text: str) -> str:
+    """A text without what makes no other answer of it: capital letters, spare white space, punctuation at its end."""
+    text = " ".join(text.casefold().split())
+    return text.rstrip(FINAL) or text
+
+
+def is_right(said: str, question: Question) -> bool:
+    """Whether this is the right answer. Where it is no option's text, it may be the right one's letter."""
+    if plain(said) in {plain(text) for text in (question.answer, *question.options)}:
+        return plain(said) == plain(question.answer)
+    return meanings(said, question.options) == {question.answer}
+
+
+def by_video(questions: Sequence[Question], folder: Path) -> list[Video]:
+    """The questions of each file of a folder, in the order in which files are first asked about.
+
+    A name without an ending is that of the one media file so called. Raises `KokaneeError` where several are, and where
+    none of the files is there; single files that are missing are told when they are read.
+    """
+
+    @cache
+    def inside(place: Path) -> list[Path]:
+        return sorted(path for path in place.iterdir() if path.suffix.lower() in MEDIA) if place.is_dir() else []
+
+    @cache
+    def path_of(file: str) -> Path:
+        path = folder / file
+        named = [] if path.is_file() else [other for other in inside(path.parent) if other.stem == path.name]
+        if len(named) > 1:
+            raise KokaneeError(f"{path} may be {named[0].name} or {named[1].name}. Name files with their endings.")
+        return named[0] if named else path
+
+    found: dict[Path, list[Question]] = {}
+    for question in questions:
+        found.setdefault(path_of(question.file), []).append(question)
+    if not any(path.is_file() for path in found):
+        raise KokaneeError(
+            f"None of the {len(found)} videos is in {folder} (such as {next(iter(found)).name}). "
+            "Give the folder that their names start from (--videos)."
+        )
+    return [Video(some[0].file, path, tuple(some)) for path, some in found.items()]

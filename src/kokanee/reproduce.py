@@ -1,0 +1,286 @@
+"""`kokanee reproduce nano`: the whole method from a seed, as steps that can be stopped and continued.
+
+The steps are the recipes of `recipes/nano/` with this seed and these folders, and controls; what is run stands in
+`OUT/recipes/`, so that each step can be repeated by hand. `OUT/results.json` and `OUT/report.html` are written last.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import kokanee
+from kokanee.errors import KokaneeError
+from kokanee.formats import alone_in, differences, read_json, refuse_foreign, write_json, write_text
+from kokanee.recipes import read_yaml
+from kokanee.reproduce_report import page
+from kokanee.results import MARKED, results
+from kokanee.steps import Report, Step, minutes_left, run_steps
+
+VERSION = 1
+FREE = ("device", "processes", "changed")  # settings that may change meanwhile, or stand in the recipes
+HERE = "{OUT}"
+SFT = f"{HERE}/5-sft/model"
+CONTROLS = ("dpo", "ce", "continued")
+STATE, RESULTS, PAGE, RECIPES = "state.json", "results.json", "report.html", "recipes"
+PRETRAINING = ("1-see", "2-hear", "3-base", "4-align", "5-sft")
+CLIPS, VALIDATION_CLIPS, EXAM_CLIPS, EXAM_SEED = 14_000, 500, 500, 7
+SHARE_CUT, VALIDATION_SHARE_CUT = 0.4, 0.3
+THREADS = 1  # of each process: nano's matrices are too small to share
+SEEDS_APART = 100  # from one seed's stages to the next one's
+GPU_WORKERS, GPU_CAPTION_BATCH, GPU_FEATURE_PROCESSES, GPU_EXAMS = 6, 256, 8, 4
+
+QUICK: dict[str, dict[str, Any]] = {
+    "1-see": {"steps": 12, "evaluate_batches": 1, "warmup": 2},
+    "2-hear": {"steps": 6, "evaluate_batches": 1, "warmup": 2},
+    "3-base": {"steps": 8, "evaluate_batches": 1, "warmup": 2},
+    "4-align": {"steps": 3, "evaluate_batches": 1, "warmup": 1},
+    "5-sft": {"steps": 40, "evaluate_batches": 1, "warmup": 5, "learning_rate": 0.004, "data.questions": 0},
+    "6-mrdpo": {
+        "rounds": 2,
+        "steps": 3,
+        "clips": 48,
+        "samples": 2,
+        "max_new_tokens": 24,
+        "evaluate_batches": 1,
+        "validation_clips": 8,
+        "warmup": 1,
+        "qa_from_round": 2,
+        "pairs": {"min_gap": 0.0, "max_pairs": 1},
+    },
+    "7-rebirth": {
+        "steps": 3,
+        "max_new_tokens": 24,
+        "evaluate_batches": 1,
+        "validation_clips": 8,
+        "warmup": 1,
+        "keep": {"cut_off": True},
+    },
+}
+"""What is smaller in a quick run, in which everything is done and hardly anything is learnt."""
+QUICK_BATCH, QUICK_CLIPS, QUICK_EXAM_CLIPS, QUICK_MINUTES = 8, 64, 4, 0.25
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is reproduced. start: the supervised model to begin with, in place of pretraining. processes: that share the
+    training of each step. device: "cpu" or "gpu". changed: settings of single recipes, by step. without: controls that
+    are left out."""
+
+    model: str = "nano"
+    seed: int = 0
+    quick: bool = False
+    start: str | None = None
+    device: str = "cpu"
+    processes: int = 2
+    changed: tuple[tuple[str, str, Any], ...] = ()
+    without: tuple[str, ...] = ()
+
+
+def reproduce(settings: Settings, out: Path, report: Report, beside: Sequence[Path] = ()) -> bool:
+    """All steps that are not done yet, then `results.json` and `report.html`; whether anything was left to do.
+
+    `beside`: folders of finished reproductions with other seeds, which the report is about as well. Raises
+    `KokaneeError` where the folder holds a reproduction with other settings, saying which, and where a step fails.
+    """
+    others = [read_results(folder) for folder in beside]
+    recipes = recipes_of(settings)
+    sized = {name: sized_for(settings, recipe) for name, recipe in recipes.items()}
+    with alone_in(out):
+        claim(out, settings, recipes)
+        for name, recipe in sized.items():
+            write_text(out / RECIPES / f"{name}.yaml", yaml.safe_dump(placed(recipe, out), sort_keys=False))
+        steps = steps_of(settings, out)
+        done = run_steps(steps, out, THREADS, report)
+        there = (out / RESULTS).is_file()
+        if done or not there:
+            write_json(out / RESULTS, results(asdict(settings), out, steps))
+        if done or not there or others or not (out / PAGE).is_file():
+            write_text(out / PAGE, page([*others, read_json(out / RESULTS)]))
+        return done > 0 or not there
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """The results of a finished reproduction."""
+    if not (folder / RESULTS).is_file():
+        raise KokaneeError(f"{folder} holds no finished reproduction. Give folders of finished ones.")
+    return read_json(folder / RESULTS)
+
+
+def claim(out: Path, settings: Settings, recipes: dict[str, dict[str, Any]]) -> None:
+    """Make the folder this reproduction's, or raise `KokaneeError` with what differs where it holds another one's. It
+    may go on with other processes or on another device, from one step to the next."""
+    refuse_foreign(out, STATE)
+    chosen = {name: value for name, value in asdict(settings).items() if name not in FREE}
+    known, state = out / STATE, {"version": VERSION, "settings": chosen, "recipes": recipes}
+    if not known.is_file():
+        write_json(known, state)
+        return
+    before = read_json(known)
+    differing = differences(before["settings"], chosen) or differences(*map(flat, (before["recipes"], recipes)))
+    if differing:
+        raise KokaneeError(
+            f"{out} holds a reproduction with other settings ({'; '.join(differing)}). Continue with the old ones, or "
+            "choose another folder."
+        )
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Settings inside settings, each by its whole name, such as 5-sft.data.questions."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {
+        key: one for inner, found in value.items() for key, one in flat(found, f"{name}.{inner}".strip(".")).items()
+    }
+
+
+def shipped_recipes() -> Path:
+    """The folder of nano's recipes: inside the installed package, or beside the sources."""
+    package = Path(kokanee.__file__).parent
+    places = [package / "nano" / "recipes", package.parents[1] / "recipes" / "nano"]
+    found = next((place for place in places if (place / "model.yaml").is_file()), None)
+    if found is None:
+        raise KokaneeError(f"The recipes are not in {places[0]}. Install the package again.")
+    return found
+
+
+def recipes_of(settings: Settings) -> dict[str, dict[str, Any]]:
+    """The settings of each training step and control, and of the fresh model's sizes; names of what other steps leave
+    begin with `HERE`."""
+    if settings.model != "nano":
+        raise KokaneeError(f"There is no reproduction of {settings.model!r}. Give nano.")
+    found = {path.stem: read_yaml(path) for path in sorted(shipped_recipes().glob("*.yaml"))}
+    models = dict(zip(("2-hear", "3-base", "4-align", "5-sft"), PRETRAINING, strict=False))
+    for name, recipe in found.items():
+        recipe["seed"] = recipe.get("seed", 0) + SEEDS_APART * settings.seed
+        if name == "model":
+            continue
+        recipe["model"] = f"{HERE}/{models[name]}/model" if name in models else settings.start or SFT
+        for part in ("train", "validation") if "data" in recipe else ():
+            features = f"{HERE}/features/{part}"
+            if isinstance(recipe["data"][part], dict):
+                recipe["data"][part] = {"features": features, "seed": settings.seed}
+            else:
+                recipe["data"] |= {part: features, "seed": settings.seed}
+        for key, value in QUICK[name].items() if settings.quick else ():
+            change(found, name, key, copy.deepcopy(value))
+    found["1-see"]["model"] = f"{HERE}/{RECIPES}/model.yaml"
+    found["7-rebirth"]["teacher"] = f"{HERE}/6-mrdpo/model"
+    found["dpo"] = copy.deepcopy(found["6-mrdpo"]) | {"loss": "dpo", "rounds": 1}
+    found["ce"] = copy.deepcopy(found["6-mrdpo"]) | {"loss": "ce"}
+    found["continued"] = copy.deepcopy(found["7-rebirth"]) | {"teacher": None}
+    left_out = (*PRETRAINING, "model", *settings.without) if settings.start else settings.without
+    found = {name: recipe for name, recipe in found.items() if name not in left_out}
+    for step, key, value in settings.changed:
+        change(found, step, key, value)
+    return found
+
+
+def sized_for(settings: Settings, recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe for this device and so many processes, with the same number of clips in a step, and held out."""
+    if "stage" not in recipe:
+        return recipe
+    all_at_once = QUICK_BATCH if settings.quick else recipe["batch_size"] * recipe["processes"]
+    if all_at_once % settings.processes:
+        raise KokaneeError(f"{all_at_once} clips cannot be shared by {settings.processes} processes. Give 1, 2 or 4.")
+    batch_size = all_at_once // settings.processes
+    held_out = recipe["evaluate_batches"] * (batch_size if settings.quick else recipe["batch_size"])
+    sizes = {"processes": settings.processes, "batch_size": batch_size}
+    sizes["evaluate_batches"] = max(1, held_out // batch_size)
+    if settings.device == "gpu":
+        sizes |= {"device": "auto", "workers": min(GPU_WORKERS, max(0, (os.cpu_count() or 1) - 2))}
+        sizes |= {"caption_batch": GPU_CAPTION_BATCH} if "caption_batch" in recipe else {}
+    return recipe | sizes
+
+
+def placed(value: Any, out: Path) -> Any:
+    """Settings with the folder of the reproduction in the place of `HERE`."""
+    if isinstance(value, dict):
+        return {name: placed(one, out) for name, one in value.items()}
+    return value.replace(HERE, str(out.resolve())) if isinstance(value, str) else value
+
+
+def change(recipes: dict[str, dict[str, Any]], step: str, key: str, value: Any) -> None:
+    """Replace a setting of a step's recipe; `key` may be a path such as pairs.min_gap."""
+    if step not in recipes:
+        raise KokaneeError(f"There is no step {step!r} with a recipe. Give one of {', '.join(recipes)}.")
+    *path, last = key.split(".")
+    place = recipes[step]
+    for part in path:
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            raise KokaneeError(f"{step}.{key}: {part!r} is a single value. Give a setting of the recipe {step}.yaml.")
+    place[last] = value
+
+
+def steps_of(settings: Settings, out: Path) -> list[Step]:
+    """The steps in order, with about how long each takes on two cores."""
+    encoders = settings.start or str(out / "2-hear" / "model")
+    sft = settings.start or str(out / "5-sft" / "model")
+    clips, validation, exam = CLIPS, VALIDATION_CLIPS, EXAM_CLIPS
+    if settings.quick:
+        clips, validation, exam = QUICK_CLIPS, QUICK_CLIPS // 4, QUICK_EXAM_CLIPS
+
+    def training(name: str, title: str, minutes: float) -> Step:
+        return Step(name, title, (("train", str(out / RECIPES / f"{name}.yaml"), "--out", str(out / name)),), minutes)
+
+    def store(part: str, count: int, share_cut: float) -> tuple[str, ...]:
+        words = ["world", "features", encoders, str(out / "features" / part), "--split", part, "--clips", str(count)]
+        return (*words, "--share-cut", str(share_cut), "--seed", str(settings.seed), "--processes", str(shares))
+
+    shares = min(GPU_FEATURE_PROCESSES, os.cpu_count() or 1) if settings.device == "gpu" else settings.processes
+    if settings.quick:
+        shares = 1
+    features = (store("train", clips, SHARE_CUT), store("validation", validation, VALIDATION_SHARE_CUT))
+    first_round = ("convert", str(out / "6-mrdpo" / "round-01" / "adapter"), str(out / "gdpo"), "--base", sft)
+    made = ("world", "make", str(out / "exam"), "--clips", str(exam), "--seed", str(EXAM_SEED), "--split", "test")
+    together = GPU_EXAMS if settings.device == "gpu" else settings.processes
+    steps = [
+        training("1-see", "Encoder pretraining: sight", 22),
+        training("2-hear", "Encoder pretraining: hearing", 3),
+        Step("features", "Features of the world's clips", features, 5),
+        training("3-base", "Visual language model", 11),
+        training("4-align", "Audio alignment", 1),
+        training("5-sft", "Audio-visual supervised fine-tuning", 77),
+        training("6-mrdpo", "Rounds of mrDPO", 49),
+        Step("gdpo", "The model of the first round", (first_round,), 0.2),
+        training("7-rebirth", "Rebirth tuning", 15),
+        training("continued", "Control: supervised fine-tuning continued", 13),
+        training("dpo", "Control: one round of plain DPO", 9),
+        training("ce", "Control: cross-entropy alone", 20),
+        Step("exam", "Clips to be measured by", (made,), 3),
+        Step("marks", "Marks of all stages", marks_of(settings, out, sft), 18, together),
+    ]
+    left_out = (*PRETRAINING, *settings.without) if settings.start else settings.without
+    minutes = {"minutes": QUICK_MINUTES} if settings.quick else {}
+    return [replace(step, **minutes) for step in steps if step.name not in left_out]
+
+
+def marks_of(settings: Settings, out: Path, sft: str) -> tuple[tuple[str, ...], ...]:
+    """The commands that measure the model of each stage."""
+    places = {
+        "base": str(out / "4-align" / "model"),
+        "sft": sft,
+        "gdpo": str(out / "gdpo"),
+        **{name: str(out / step / "model") for name, step in MARKED.items()},
+    }
+    for name in (*(["base"] if settings.start else []), *settings.without):
+        del places[name]
+    device = "cuda" if settings.device == "gpu" else "cpu"
+    return tuple(
+        ("world", "exam", str(out / "exam"), "--model", model, "--full", "--seed", "1", "--device", device)
+        + ("--out", str(out / "marks" / f"{name}.json"), "--overwrite")
+        for name, model in places.items()
+    )
+
+
+def left(settings: Settings, out: Path) -> float:
+    """About how many minutes a reproduction in `out` would take yet."""
+    steps = steps_of(settings, out)
+    return minutes_left(steps, out, steps[0])

@@ -1,0 +1,182 @@
+"""A run that tunes a model on judged captions: its recipe, folder, model and clips, and what is checked before anything
+is paid for."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+
+from kokanee.checkpoints import load
+from kokanee.clips import Clips, FileClips, Task, WorldClips, WorldData
+from kokanee.defaults import Defaults, origin
+from kokanee.drafts import Team, Writer, device_of
+from kokanee.endpoint import Asker, Endpoint
+from kokanee.errors import KokaneeError
+from kokanee.judges import LanguageModelJudge
+from kokanee.model import Kokanee
+from kokanee.processor import Processor
+from kokanee.scoring import ExactJudge, Judge, ModelJudge
+from kokanee.stages import fingerprint_of
+from kokanee.tuning import Source, Tuning
+from kokanee.weights import fingerprint
+
+REPLIES, MEDIA = "replies.jsonl", "media"
+Progress = Callable[[str, int, int, dict[str, float]], None]
+Part = Literal["train", "validation"]
+Settings = TypeVar("Settings", bound=Tuning)
+
+
+@dataclass
+class Run(Generic[Settings]):
+    """A run under way. `model` is merged up to the last round; `adapted` is the same with an adapter not merged yet."""
+
+    recipe: Settings
+    folder: Path
+    model: Kokanee
+    processor: Processor
+    clips: Clips
+    validation: Clips | None
+    team: Team
+    report: Progress
+    adapted: PeftModel | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def writer(self) -> Writer:
+        return Writer(self.model, self.processor, self.recipe.caption_batch, self.team)
+
+    def judge(self) -> Judge:
+        return judge_of(self.recipe, self.folder / REPLIES)
+
+    def timed(self, name: str, work: Callable[[], Any]) -> Any:
+        started = time.monotonic()
+        made = work()
+        self.seconds[name] = round(time.monotonic() - started, 1)
+        return made
+
+
+def team_of(recipe: Tuning) -> Team:
+    """The processes of a run. Raises `KokaneeError` where they are more or fewer than the recipe says."""
+    state = PartialState(cpu=recipe.device == "cpu", timeout=datetime.timedelta(days=7))
+    if state.num_processes != recipe.processes:
+        raise KokaneeError(
+            f"The recipe is for processes: {recipe.processes}, but {state.num_processes} run. Start it with "
+            f"torchrun --nproc-per-node {recipe.processes}, or change the recipe."
+        )
+    return Team(state)
+
+
+def model_of(recipe: Tuning, name: str, sources: Sequence[Source | None], team: Team) -> tuple[Kokanee, Processor]:
+    """A model of the run, to read clips of these kinds."""
+    # Features of the world are known by the weights that made them, which are those in float32.
+    precise = any(isinstance(data, WorldData) for data in sources)
+    return load(name, dtype="float32" if precise else recipe.dtype, device=device_of(team.state))
+
+
+def clips_of(
+    recipe: Tuning,
+    folder: Path,
+    model: Kokanee,
+    processor: Processor,
+    data: Source,
+    part: Part,
+    judged: bool = True,
+) -> Clips:
+    """The clips that settings are of, as the recipe's model sees them; `judged`: files without events are an error."""
+    if isinstance(data, WorldData):
+        return WorldClips(model, processor, data, part)
+    question = Defaults.of(origin(recipe.model)).question
+    return FileClips(model, processor, data, folder / MEDIA / part, question, judged)
+
+
+def start_of(run: Run[Any]) -> dict[str, str]:
+    """What a run starts from, as fingerprints."""
+    start = {"weights": fingerprint(run.model), "processor": fingerprint_of(run.processor)}
+    start["train clips"] = run.clips.identity()
+    return start | ({"validation clips": run.validation.identity()} if run.validation else {})
+
+
+def check_server(recipe: Tuning, begun: bool) -> None:
+    """Raise `KokaneeError` where the judge cannot be reached, before anything is sampled or paid for."""
+    endpoint = endpoint_of(recipe)
+    if endpoint is not None and not begun:
+        endpoint.check_reachable()
+
+
+def check_exact(recipe: Tuning, clips: Sequence[Clips | None]) -> None:
+    """Raise `KokaneeError` where the exact judge is to judge clips that it knows nothing of."""
+    if recipe.judge == "exact" and any(found and found.task(0, 0, "").truth.facts is None for found in clips):
+        raise KokaneeError("The exact judge knows clips of the world only. Give judge: openai:MODEL.")
+
+
+def check_adapted(recipe: Tuning, model: Kokanee) -> None:
+    """Raise `KokaneeError` where the recipe's adapter is on parts that the model has not."""
+    modules = model.language_model.named_modules()
+    products = {name.rpartition(".")[2]: None for name, module in modules if isinstance(module, torch.nn.Linear)}
+    unknown = [module for module in recipe.lora.modules if module not in products]
+    if unknown:
+        raise KokaneeError(f"lora.modules: {', '.join(unknown)} cannot be adapted. Give some of {', '.join(products)}.")
+
+
+def check_files(recipe: Tuning, data: Source, part: Part, clips: Clips) -> None:
+    """Raise `KokaneeError` where more files are not there than may be unreadable."""
+    files = clips.files()
+    gone = [path for path in files if not path.is_file()]
+    if len(gone) > recipe.unreadable(data) * len(files):
+        raise KokaneeError(
+            f"data.{part}: {len(gone)} of {len(files)} files are not there, such as {gone[0]}. "
+            f"Check data.{part}.videos, the folder that their names start from."
+        )
+
+
+def judge_of(recipe: Tuning, replies: Path) -> Judge:
+    """The judge that the recipe names; its replies are kept in `replies`."""
+    endpoint = endpoint_of(recipe)
+    return ExactJudge() if endpoint is None else ModelJudge(LanguageModelJudge(Asker(endpoint, replies)))
+
+
+def endpoint_of(recipe: Tuning) -> Endpoint | None:
+    """Where the language model that judges is asked, None for the exact judge. Raises `KokaneeError` for no judge."""
+    kind, _, name = recipe.judge.partition(":")
+    if recipe.judge == "exact":
+        return None
+    if kind != "openai" or not name:
+        raise KokaneeError(f"There is no judge {recipe.judge!r}. Give exact or openai:MODEL.")
+    return Endpoint(name, **recipe.judging.model_dump())
+
+
+def told(run: Run[Any], what: str) -> Callable[[int, int], None]:
+    """Reports of a piece of work."""
+    return lambda done, total: run.report(what, done, total, {})
+
+
+def tasks_for(run: Run[Any], data: Source, part: Part, numbers: Sequence[int], key: str) -> list[Task]:
+    """Tasks of the clips of these numbers that can be read, by length; `data`: the settings that the clips are of.
+
+    Raises `KokaneeError` where more of them cannot be read than the recipe allows.
+    """
+    state, clips = run.team.state, run.clips if part == "train" else run.validation
+    assert clips is not None
+    clips.readable(
+        numbers, lambda done, total: run.report("read", done, total, {}), (state.process_index, state.num_processes)
+    )
+    run.team.wait()
+    failed = clips.failed()
+    lost = [number for number in numbers if number in failed]
+    if len(lost) > run.recipe.unreadable(data) * len(numbers):
+        run.team.wait()
+        clips.try_again()
+        raise KokaneeError(
+            f"{len(lost)} of {len(numbers)} files cannot be read, such as: {failed[lost[0]]} Mend these files and "
+            f"start again, or begin in another folder, without them or with a higher data.{part}.unreadable."
+        )
+    left = sorted((number for number in numbers if number not in failed), key=lambda n: (clips.n_tokens(n), n))
+    return [clips.task(number, run.recipe.questions, key) for number in left]

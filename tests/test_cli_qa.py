@@ -1,0 +1,141 @@
+"""Laws of `kokanee qa`: the table and scores.json say the same, a second call goes on, mistakes are one message."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from kokanee.cli import Commands
+from kokanee.cli_qa import qa
+from kokanee.formats import write_json
+
+app = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
+app.command("qa")(qa)
+
+
+@app.callback()
+def top() -> None:
+    """Commands by name, as in cli.py."""
+
+
+def kk(*words, code=0):
+    result = CliRunner().invoke(app, ["qa", *map(str, words)], env={"COLUMNS": "1000", "NO_COLOR": "1"})
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+@pytest.fixture
+def asked(media, tmp_path) -> Path:
+    """A folder with three videos, and questions about them: with options, and some open ones."""
+    for name in ("first.mp4", "second.mp4", "silent.mp4"):
+        shutil.copy(media / name, tmp_path / name)
+    choices = [
+        {"video": name, "question": text, "options": options, "answer": "B", "type": kind}
+        for name in ("first", "second.mp4", "silent.mp4")
+        for text, kind, options in (
+            ("What barks?", "who", ["A. a dog", "B. a cat", "C. a cow", "D. a man"]),
+            ("Is it loud?", "how", ["A. yes", "B. no"]),
+        )
+    ]
+    write_json(tmp_path / "choices.json", choices)
+    write_json(tmp_path / "mixed.json", [*choices, {"file": "first.mp4", "question": "What?", "answer": "a dog"}])
+    return tmp_path
+
+
+def rows(table: str) -> dict[str, list[str]]:
+    """The cells of each line by the first."""
+    return {cells[0]: cells[1:] for cells in ([c.strip() for c in r.split("|")[1:-1]] for r in table.splitlines())}
+
+
+def test_the_table_and_scores_json_say_the_same(asked, tiny_checkpoint):
+    words = (asked / "choices.json", "--model", tiny_checkpoint, "--out", asked / "out")
+    result = kk(*words)
+    told, table = json.loads((asked / "out" / "scores.json").read_text()), rows(result.stdout)
+    assert "6 questions about 3 videos, by letter" in result.stderr and told["way"] == "letter"
+    shares = {**told["kinds"], "overall": told["overall"]}
+    assert list(table) == ["kind", "---", "how", "who", "overall"]
+    for name, share in shares.items():
+        low, high = share["interval"]
+        cells = (str(share["asked"]), f"{share['percent']:.1f}", f"{low:.1f} to {high:.1f}", f"{share['chance']:.1f}")
+        assert tuple(table[name]) == cells
+    assert (table["how"][-1], table["who"][-1], table["overall"][-1]) == ("50.0", "25.0", "37.5")
+    assert kk(*words).stdout == result.stdout == kk(*words[:-2], "--batch-size", 3).stdout
+    assert "way: 'letter' before, 'text' now" in kk(*words, "--by", "text", code=1).stderr
+
+
+def test_questions_without_options_are_left_out_and_counted(asked, tiny_checkpoint):
+    words = (asked / "mixed.json", "-m", tiny_checkpoint)
+    table = rows(kk(*words, "--by", "text").stdout)
+    assert table["overall"][0] == "6" and table["left out: no options"][0] == "1"
+    result = kk(*words)
+    table = rows(result.stdout)
+    assert "by answer" in result.stderr and table["overall"][0] == "7" and table["overall"][-1] == "–"
+    assert table["other"][0] == "1" and table["other"][2] == "–"  # of one video, no interval
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one(asked, tiny_checkpoint):
+    words = (asked / "choices.json", "-m", tiny_checkpoint, "--by", "text", "-o", asked / "out")
+    assert rows(kk(*words, "--limit", 1).stdout)["overall"][:3] == [
+        "2",
+        *rows(kk(*words, "--limit", 1).stdout)["overall"][1:3],
+    ]
+    first = (asked / "out" / "answers.jsonl").read_text()
+    whole = kk(*words).stdout
+    assert (asked / "out" / "answers.jsonl").read_text().startswith(first)
+    assert whole == kk(*words[:-2]).stdout and rows(whole)["overall"][0] == "6"
+
+
+def test_unreadable_videos_are_left_out_counted_and_named(asked, tiny_checkpoint):
+    (asked / "second.mp4").write_text("no video")
+    result = kk(asked / "choices.json", "-m", tiny_checkpoint, "-o", asked / "out", code=1)
+    table = rows(result.stdout)
+    assert table["overall"][0] == "4" and table["left out: unreadable videos (1)"][0] == "2"
+    assert "1 of 3 videos cannot be read, and their 2 questions are left out" in result.stderr
+    assert "second.mp4" in result.stderr
+    for name in ("first.mp4", "silent.mp4"):
+        (asked / name).write_text("no video")
+    assert kk(asked / "choices.json", "-m", tiny_checkpoint, code=1).stdout == ""
+
+
+def test_videos_may_lie_elsewhere(asked, tiny_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("questions")
+    shutil.copy(asked / "choices.json", folder / "q.json")
+    assert "None of the 3 videos is in" in kk(folder / "q.json", "-m", tiny_checkpoint, code=1).stderr
+    assert rows(kk(folder / "q.json", "-m", tiny_checkpoint, "--videos", asked).stdout)["overall"][0] == "6"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "reason"),
+    [
+        (["{a}/none.json"], 1, "none.json is not there"),
+        (["{a}/broken.json"], 1, "broken.json, item 0"),
+        (["{a}/open.json", "--by", "letter"], 1, "No question has options"),
+        (["{a}/choices.json", "--by", "luck"], 2, "luck"),
+        (["{a}/choices.json", "--limit", "0"], 2, "limit"),
+        (["{a}/choices.json", "--set", "max_frames"], 2, "is not KEY=VALUE"),
+        (["{a}/choices.json", "--set", "frames=3"], 1, "frames"),
+        (["{a}/choices.json", "--out", "{a}/first.mp4"], 1, "cannot be written"),
+        (["{a}/choices.json", "--out", "{a}"], 1, "holds other files"),
+        (["{a}/choices.json", "--model", "{a}/none"], 1, "no name of a model"),
+    ],
+)
+def test_mistakes_are_one_message(asked, tiny_checkpoint, words, code, reason):
+    write_json(asked / "broken.json", [{"video": "first.mp4", "question": "What?"}])
+    write_json(asked / "open.json", [{"video": "first.mp4", "question": "What?", "answer": "a dog"}])
+    words = [word.format(a=asked) for word in words]
+    given = words if "--model" in words else [*words, "--model", tiny_checkpoint]
+    result = kk(*given, code=code)
+    assert reason in result.stderr and result.stdout == "" and not (asked / "scores.json").exists()
+
+
+def test_nothing_heavy_is_loaded_with_the_command():
+    heavy = "{'torch', 'transformers', 'av'} & set(sys.modules)"
+    code = f"import sys, kokanee.cli_qa, kokanee.questions; print(*({heavy}))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""

@@ -1,0 +1,241 @@
+"""Laws of answering: packed options are as separate passes, batches and the options' order change nothing, and shares
+have intervals over files."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kokanee.captions import Decoding
+from kokanee.clips import watch
+from kokanee.errors import KokaneeError
+from kokanee.exam import answers
+from kokanee.prompt import IGNORED, Turn
+from kokanee.qa import (
+    SENTENCE,
+    Answered,
+    Examinee,
+    Marked,
+    accuracy,
+    askable,
+    default_way,
+    examined,
+    groups,
+    lettered,
+)
+from kokanee.questions import Question, Video, by_video
+
+FILES = ("first.mp4", "sound.wav", "silent.mp4")
+OPTIONS = ("a dog", "a very large brown dog", "nobody")
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def asked(files=FILES) -> list[Question]:
+    """Two questions about each file, with three options and with two."""
+    return [
+        Question(file, text, options[0], kind, options)
+        for file in files
+        for text, kind, options in (("What barks?", "who", OPTIONS), ("Is it loud?", "how", ("yes", "no")))
+    ]
+
+
+def separate(model, processor, view, prompt: str, answer: str) -> torch.Tensor:
+    """The log-probabilities of an answer's label tokens, from a pass of its own."""
+    sample = processor.prepare_ids([Turn("user", prompt), Turn("assistant", answer)], [view.block])
+    batch = {"input_ids": sample["input_ids"][None], "position_ids": sample["position_ids"][:, None]}
+    log_p = model(**batch, **view.media).logits[0, :-1].log_softmax(-1)
+    targets = sample["labels"][1:]
+    told = targets != IGNORED
+    return log_p[told].gather(1, targets[told][:, None])[:, 0]
+
+
+@torch.no_grad()
+def test_packed_options_are_as_separate_passes(tiny, media):
+    model, processor = tiny
+    for way in ("text", "letter"):
+        for answered in examined(model, processor, asked(), media, way, batch_size=4):
+            view = watch(model, processor, answered.video.path)
+            for one in answered.answers:
+                question = one.question
+                if way == "text":  # all but the newline after the end token, which is never generated
+                    apart = [
+                        separate(model, processor, view, question.question, o)[:-1].sum() for o in question.options
+                    ]
+                else:
+                    letters = "ABC"[: len(question.options)]
+                    apart = [separate(model, processor, view, lettered(question), letter)[0] for letter in letters]
+                assert torch.allclose(torch.tensor(one.log_probs), torch.stack(apart), **CLOSE)
+                best = question.options[int(torch.stack(apart).argmax())]
+                assert one.said == best and one.right == (best == question.answer)
+
+
+@torch.no_grad()
+def test_an_options_log_probability_is_that_of_generating_it(tiny, media):
+    """Token by token with the end, as `generation.steps` would go; nothing of what follows the end."""
+    model, processor = tiny
+    (answered,) = examined(model, processor, asked(["first.mp4"])[:1], media, "text")
+    view = watch(model, processor, media / "first.mp4")
+    prompt = processor.prepare_ids([Turn("user", "What barks?")], [view.block])
+    end = model.config.eos_token_id
+    for option, log_prob in zip(OPTIONS, answered.answers[0].log_probs, strict=True):
+        sample = processor.with_answer(prompt, option)
+        batch = {"input_ids": sample["input_ids"][None], "position_ids": sample["position_ids"][:, None]}
+        log_p = model(**batch, **view.media).logits[0].log_softmax(-1)
+        start, ids = len(prompt["input_ids"]), sample["input_ids"].tolist()
+        stop = start + ids[start:].index(end) + 1
+        assert sum(float(log_p[at - 1, ids[at]]) for at in range(start, stop)) == pytest.approx(log_prob, abs=1e-4)
+
+
+def test_the_letters_are_those_of_the_options_and_only_their_first_token_counts(tiny, media):
+    question = asked()[0]
+    assert lettered(question) == f"What barks?\nA. a dog\nB. a very large brown dog\nC. nobody\n{SENTENCE}"
+    model, processor = tiny
+    sample = Examinee(model, processor, "letter").packed(watch(model, processor, media / "first.mp4"), question)
+    assert processor.tokenizer.decode(sample["labels"][sample["labels"] != IGNORED]) == "ABC"
+
+
+def test_answers_are_those_of_the_exam(tiny, media):
+    model, processor = tiny
+    views = [watch(model, processor, media / file) for file in FILES for _ in range(2)]
+    pairs = [(view, question.question) for view, question in zip(views, asked(), strict=True)]
+    said = answers(model, processor, pairs, Decoding(max_new_tokens=16))
+    assert [one.said for found in examined(*tiny, asked(), media) for one in found.answers] == said
+    told = [
+        replace(question, answer=f" {text.upper()} ", options=()) for question, text in zip(asked(), said, strict=True)
+    ]
+    assert all(one.right for found in Examinee(*tiny, "answer").each(by_video(told, media)) for one in found.answers)
+
+
+@pytest.mark.parametrize("way", ["answer", "text", "letter"])
+def test_the_batch_size_changes_nothing(tiny, media, way):
+    one, four = (examined(*tiny, asked(), media, way, batch_size=size) for size in (1, 4))
+    assert [found.video for found in one] == [found.video for found in four]
+    for a, b in zip([m for f in one for m in f.answers], [m for f in four for m in f.answers], strict=True):
+        assert (a.question, a.said, a.right) == (b.question, b.said, b.right)
+        assert a.log_probs == pytest.approx(b.log_probs, abs=1e-4)
+
+
+def test_the_order_of_the_options_changes_nothing_by_text(tiny, media):
+    turned = [replace(question, options=question.options[::-1]) for question in asked()]
+    for before, after in zip(*(examined(*tiny, some, media, "text") for some in (asked(), turned)), strict=True):
+        assert [one.said for one in before.answers] == [one.said for one in after.answers]
+        for a, b in zip(before.answers, after.answers, strict=True):
+            assert a.log_probs == pytest.approx(b.log_probs[::-1], abs=1e-4)
+
+
+def test_dropout_and_gradients_are_off(tiny_model, tiny_processor, media):
+    found = [examined(tiny_model.train(), tiny_processor, asked(), media, "text") for _ in range(2)]
+    assert found[0] == found[1] and all(parameter.grad is None for parameter in tiny_model.parameters())
+
+
+def test_a_video_that_cannot_be_read_stops_nothing(tiny, media, tmp_path):
+    for name in ("first.mp4", "sound.wav"):
+        (tmp_path / name).write_bytes((media / name).read_bytes())
+    (tmp_path / "silent.mp4").write_text("no video")
+    found = examined(*tiny, asked((*FILES, "none.mp4")), tmp_path, "text", batch_size=3)
+    assert [bool(one.error) for one in found] == [False, False, True, True]
+    marks = accuracy(found)
+    assert marks.overall.asked == 4 and marks.lost == 4 and list(marks.unread) == ["silent.mp4", "none.mp4"]
+
+
+def test_scores_that_are_no_numbers_end_it(tiny_model, tiny_processor, media):
+    with torch.no_grad():
+        tiny_model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(KokaneeError, match="not finite"):
+        examined(tiny_model, tiny_processor, asked(), media, "text")
+
+
+def test_only_questions_with_options_are_asked_where_one_is_chosen():
+    opened = Question("first.mp4", "What?", "a dog")
+    mixed = [Video("first.mp4", Path("first.mp4"), (asked()[0], opened)), Video("b.mp4", Path("b.mp4"), (opened,))]
+    assert askable(mixed, "answer") == mixed
+    assert askable(mixed, "text") == [replace(mixed[0], questions=(asked()[0],))]
+    with pytest.raises(KokaneeError, match="No question has options"):
+        askable(mixed[1:], "letter")
+    many = replace(opened, options=tuple(f"dog {number}" for number in range(27)))
+    assert askable([replace(mixed[1], questions=(many,))], "text")
+    with pytest.raises(KokaneeError, match="26 letters"):
+        askable([replace(mixed[1], questions=(many,))], "letter")
+
+
+def test_the_way_follows_from_the_questions(tmp_path):
+    (tmp_path / "q.json").write_text('[{"file": "0.mp4"}]')
+    (tmp_path / "samples.jsonl").write_text('{"scene": {}}\n')
+    opened = replace(asked()[0], options=())
+    assert default_way(tmp_path / "q.json", asked()) == "letter"
+    assert default_way(tmp_path / "q.json", [*asked(), opened]) == default_way(tmp_path, asked()) == "answer"
+
+
+def test_groups_hold_all_videos_in_their_order():
+    rng = random.Random(0)
+    for size in (1, 3, 8):
+        videos = [Video(f"{n}", Path(f"{n}"), (asked()[0],) * rng.randint(1, 5)) for n in range(20)]
+        made = list(groups(videos, size))
+        assert [video for group in made for video in group] == videos
+        counts = [sum(len(video.questions) for video in group) for group in made]
+        assert min(counts[:-1]) >= size and max(counts) < size + 5
+
+
+def marked(rights: dict[str, list[bool]], kinds=("a", "b"), options=("x", "y")) -> list[Answered]:
+    """Videos with answers of which it is known whether they are right; kinds take turns."""
+    found = []
+    for file, some in rights.items():
+        questions = [Question(file, f"{n}?", "x", kinds[n % len(kinds)], options) for n in range(len(some))]
+        video = Video(file, Path(file), tuple(questions))
+        found.append(Answered(video, tuple(Marked(q, "x", r) for q, r in zip(questions, some, strict=True))))
+    return found
+
+
+def test_accuracy_is_worked_out_by_hand():
+    found = accuracy(marked({"0": [True, False, True], "1": [False], "2": [True, True]}))
+    assert (found.overall.right, found.overall.asked, found.overall.files) == (4, 6, 3)
+    assert found.overall.percent == pytest.approx(100 * 4 / 6) and found.overall.chance == 50.0
+    assert {kind: (share.right, share.asked, share.files) for kind, share in found.kinds.items()} == {
+        "a": (3, 4, 3),
+        "b": (1, 2, 2),
+    }
+    assert accuracy(marked({"0": [True]}, options=())).overall.chance is None
+    mixed = [*marked({"0": [True]}), *marked({"1": [True]}, options=("w", "x", "y", "z"))]
+    assert accuracy(mixed).overall.chance == pytest.approx(37.5)
+    assert accuracy(marked({"0": [True]}, kinds=("",))).kinds == {} and set(
+        accuracy(marked({"0": [True, True]}, kinds=("", "a"))).kinds
+    ) == {"other", "a"}
+
+
+def test_intervals_hold_the_accuracy_and_are_over_files():
+    rng = random.Random(1)
+    for _ in range(20):
+        rights = {f"{n}": [rng.random() < 0.7 for _ in range(rng.randint(1, 6))] for n in range(rng.randint(2, 40))}
+        answered = marked(rights)
+        found = accuracy(answered)
+        for share in (found.overall, *found.kinds.values()):
+            assert share.interval[0] <= share.percent <= share.interval[1]
+        rng.shuffle(answered)
+        assert accuracy(answered) == found
+    one = accuracy(marked({"0": [True, False, False, True]})).overall
+    assert one.files == 1 and one.interval == (one.percent, one.percent) == (50.0, 50.0)
+    alike = {
+        f"{n}": [n % 2 == 0] * 6 for n in range(40)
+    }  # questions of a file fall together: no more than 40 are known
+    apart = {f"{n}": [n % 2 == 0] for n in range(40)}
+    assert accuracy(marked(alike)).overall.interval == accuracy(marked(apart)).overall.interval
+
+
+def test_nothing_answered_is_no_accuracy():
+    lost = [Answered(video, (), "damaged") for video in by_video_of(asked())]
+    found = accuracy(lost)
+    assert found.overall.asked == 0 and found.kinds == {} and found.lost == 6 and set(found.unread) == set(FILES)
+
+
+def by_video_of(questions: list[Question]) -> list[Video]:
+    return [
+        Video(f, Path(f), tuple(q for q in questions if q.file == f)) for f in dict.fromkeys(q.file for q in questions)
+    ]
+
+
+def test_names_are_found_as_everywhere(media):
+    assert [video.path.name for video in by_video([Question("first", "What?", "x")], media)] == ["first.mp4"]

@@ -1,0 +1,128 @@
+"""Laws of a run of questions: what was stopped and goes on is as what was not, and other settings are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from kokanee.errors import KokaneeError
+from kokanee.formats import read_jsonl
+from kokanee.qa import Examinee
+from kokanee.qa_run import run, settings_of
+from kokanee.questions import Question, by_video
+
+QUESTIONS = [
+    Question(file, text, options[0], kind, options)
+    for file in ("first.mp4", "second.mp4", "silent.mp4")
+    for text, kind, options in (("What barks?", "who", ("a dog", "nobody")), ("Is it loud?", "how", ("yes", "no")))
+]
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def videos(media, tmp_path):
+    for name in ("first.mp4", "second.mp4", "silent.mp4"):
+        shutil.copy(media / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def examinee(tiny):
+    return Examinee(*tiny, "text", 2)
+
+
+def begin(examinee, videos, out, **more):
+    return run(out, examinee, by_video(QUESTIONS, videos), settings_of(examinee, QUESTIONS, videos), **more)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(examinee, videos):
+    whole = begin(examinee, videos, videos / "whole")
+
+    def stop(done: int) -> None:
+        if done == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        begin(examinee, videos, videos / "half", on_video=stop)
+    half = videos / "half"
+    assert not (half / "scores.json").exists() and len(read_jsonl(half / "answers.jsonl")) == 2
+    with (half / "answers.jsonl").open("a") as file:
+        file.write('{"version": 1, "file": "sil')  # killed in the middle of a line
+    told = []
+    assert begin(examinee, videos, half, on_video=told.append) == whole and told == [2, 3]
+    for name in ("state.json", "answers.jsonl", "scores.json"):
+        assert (half / name).read_text() == (videos / "whole" / name).read_text()
+
+
+def test_a_run_that_is_done_computes_nothing_and_says_the_same(examinee, videos, monkeypatch):
+    first = begin(examinee, videos, videos / "out")
+    before = {path.name: path.read_text() for path in (videos / "out").iterdir()}
+    monkeypatch.setattr(Examinee, "marked", None)
+    assert begin(examinee, videos, videos / "out") == first
+    assert {path.name: path.read_text() for path in (videos / "out").iterdir()} == before
+
+
+def test_records_hold_what_is_needed_to_mark_again(examinee, videos):
+    begin(examinee, videos, videos / "out")
+    records = read_jsonl(videos / "out" / "answers.jsonl")
+    assert [record["file"] for record in records] == ["first.mp4", "second.mp4", "silent.mp4"]
+    entries = [entry for record in records for entry in record["answers"]]
+    for question, entry in zip(QUESTIONS, entries, strict=True):
+        assert (entry["question"], entry["kind"], entry["answer"]) == (
+            question.question,
+            question.kind,
+            question.answer,
+        )
+        best = entry["options"][entry["log_probs"].index(max(entry["log_probs"]))]
+        assert entry["said"] == best and entry["right"] == (best == question.answer)
+    scores = json.loads((videos / "out" / "scores.json").read_text())
+    assert scores["overall"]["right"] == sum(entry["right"] for entry in entries) and scores["overall"]["asked"] == 6
+    assert set(scores["kinds"]) == {"who", "how"} and scores["way"] == "text" and scores["files"] == 3
+
+
+def test_unread_and_changed_videos_are_tried_again(examinee, videos):
+    whole, good = begin(examinee, videos, videos / "whole"), (videos / "second.mp4").read_bytes()
+    (videos / "second.mp4").write_text("no video")
+    out = videos / "out"
+    for _ in range(2):
+        found = begin(examinee, videos, out)
+        assert [bool(one.error) for one in found] == [False, True, False]
+    assert len(read_jsonl(out / "answers.jsonl")) == 3  # the same error is not told twice
+    assert json.loads((out / "scores.json").read_text())["unread_questions"] == 2
+    (videos / "second.mp4").write_bytes(good)
+    assert begin(examinee, videos, out) == whole
+    shutil.copy(videos / "silent.mp4", videos / "second.mp4")
+    assert begin(examinee, videos, out)[1].answers != whole[1].answers
+
+
+def test_other_settings_are_refused_and_named(examinee, videos, tiny_model):
+    out = videos / "out"
+    begin(examinee, videos, out)
+    before = (out / "answers.jsonl").read_text()
+    tiny_model.lm_head.weight.data.add_(1.0)
+    for other, problem in (
+        (replace(examinee, way="letter"), "way: 'text' before, 'letter' now"),
+        (replace(examinee, model=tiny_model), "weights: "),
+    ):
+        with pytest.raises(KokaneeError, match=problem):
+            begin(other, videos, out)
+    settings = settings_of(examinee, QUESTIONS, videos)
+    for changed, problem in (
+        ({"questions": settings_of(examinee, QUESTIONS[1:], videos)["questions"]}, "questions: "),
+        ({"processor": settings["processor"] | {"max_frames": 3}}, "max_frames: 240 before, 3 now"),
+    ):
+        with pytest.raises(KokaneeError, match=problem):
+            run(out, examinee, by_video(QUESTIONS, videos), settings | changed)
+    assert (out / "answers.jsonl").read_text() == before
+    begin(replace(examinee, batch_size=1), videos, out)
+
+
+def test_a_folder_of_something_else_is_refused(examinee, videos):
+    with pytest.raises(KokaneeError, match="holds other files"):
+        begin(examinee, videos, videos)
