@@ -55,7 +55,7 @@ from random_model import KINDS, SIZES, Size, conversation, decoder_macs, make_mo
 GT_WEIGHT = 0.1
 ADAPTED = r"(language_)?model\.layers\..*\.(q_proj|k_proj|v_proj)"
 LORA = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=ADAPTED)
-WARM_UP = (128, 16)
+WARM_UP = (512, 16)
 PRODUCT = "plain product"
 LIMITS = {torch.float32: (5e-4, 1e-3), torch.bfloat16: (0.1, 0.3)}
 """How much losses may differ (sums of hundreds of log-probabilities), and gradients, relative to their length."""
@@ -287,8 +287,12 @@ def main() -> None:
         return
     without_trl = trl_dpo.missing()
     ways = [*WAYS, *([] if without_trl else [trl_dpo.NAME])]
-    memory = {way: in_own_process("--memory-of", way) for way in ways}
-    bench = Bench(size, chosen.device)
+    if chosen.device == "cpu":
+        memory = {way: in_own_process("--memory-of", way) for way in ways}
+        bench = Bench(size, chosen.device)
+    else:  # whose memory is counted exactly, whatever was there before
+        bench = Bench(size, chosen.device)
+        memory = {way: peaks(bench, way, cells) for way in ways}
     print(f"{machine(chosen.device)}; size {chosen.size}, {chosen.repeats} rounds", end="\n\n")
     print(table_head("prompt / answer"))
     floors, agreements = [], []

@@ -92,6 +92,21 @@ def test_the_first_tokens_of_prompts_may_give_keys_and_values_alone():
         assert torch.allclose(seen, (wanted * real)[:, start:], atol=1e-12)
 
 
+def test_one_call_with_a_mask_gives_the_same():
+    states, shortest = packed_states(BRANCHES), min(prompt for prompt, *_ in BRANCHES)
+    wanted, real = dense(states, BRANCHES)
+    segments = torch.full((len(BRANCHES), 20), -1)
+    for row, lengths in enumerate(BRANCHES):
+        segments[row, : sum(lengths)] = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    mask = branch_mask(segments)
+    for start in (0, shortest):
+        before = (states[1][:, :, :start], states[2][:, :, :start]) if start else None
+        left = [one[:, :, start:] for one in states]
+        how = {"branches": BRANCHES, "before": before, "short_mask": mask}
+        seen, _ = branch_attention(torch.nn.Identity(), *left, **how)
+        assert torch.allclose(seen * real[:, start:], (wanted * real)[:, start:], atol=1e-12)
+
+
 def test_without_their_lengths_or_with_a_mask_branches_are_refused():
     states = packed_states(BRANCHES)
     with pytest.raises(ValueError, match="need their lengths"):

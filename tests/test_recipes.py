@@ -12,6 +12,7 @@ from kokanee.conversations import Mix
 from kokanee.errors import KokaneeError
 from kokanee.mrdpo_recipe import MrdpoRecipe
 from kokanee.processor import ProcessorConfig
+from kokanee.rebirth import RebirthRecipe
 from kokanee.recipes import Recipe, checked, read_recipe, read_yaml
 from kokanee.stages import Sizes
 
@@ -85,7 +86,7 @@ def test_an_error_of_several_settings_together_is_told_without_a_name():
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*/[0-9]*.yaml")), ids=lambda path: path.stem)
 def test_the_shipped_recipes_are_right(path):
-    if read_yaml(path)["stage"] == "mrdpo":
+    if read_yaml(path)["stage"] in ("mrdpo", "rebirth"):
         return
     recipe = read_recipe(path)
     assert isinstance(recipe, Recipe) and recipe.warmup < recipe.steps
@@ -100,6 +101,13 @@ def test_the_shipped_recipes_of_mrdpo_are_right(path):
     recipe = checked(MrdpoRecipe, read_yaml(path), str(path))
     assert recipe.warmup < recipe.steps and recipe.rounds == 6 and recipe.loss == "gdpo" and recipe.proxy
     assert recipe.clips >= recipe.n_held_out + recipe.batch_size * recipe.processes
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*rebirth.yaml")), ids=lambda path: path.parent.name)
+def test_the_shipped_recipes_of_rebirth_are_right(path):
+    recipe = checked(RebirthRecipe, read_yaml(path), str(path))
+    assert recipe.warmup < recipe.steps and recipe.teacher and recipe.teacher != recipe.model
+    assert recipe.keep.max_repetition is not None
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*/model.yaml")), ids=lambda path: path.parent.name)
@@ -122,7 +130,7 @@ def test_the_shipped_sizes_fit_together(path):
             {"data": {"train": {"videos": "a", "caption": "b"}}},
             "'data.train.caption' (did you mean 'data.train.captions'",
         ),
-        ({"data": {"train": {"videos": "a"}}}, "data.train.captions is missing; data.train.events is missing"),
+        ({"data": {"train": {"videos": "a"}}}, "data.train needs captions and events of its videos"),
         ({"data": {"train": {}}}, "data.train.features is missing"),
         ({"data": {"train": 3}}, "data.train: must be settings"),
         ({"lora": {"r": 0}}, "lora.r: must be greater"),

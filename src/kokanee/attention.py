@@ -5,7 +5,8 @@ unless flash-attn is there. Neighbours of equal length are one batch for `scaled
 numbers, far fewer calls.
 
 Branches (the decoder): a sequence `[prompt | answer 1 | answer 2 | ...]`, in which the prompt sees itself and each
-answer the prompt and itself. No mask over all pairs is made: each answer is one call on `[prompt | answer]`.
+answer the prompt and itself. No mask over all pairs is made: each answer is one call on `[prompt | answer]`. Short
+sequences on an accelerator, where so many calls take longer than what they compute, are one call with a mask.
 
 Axes: S tokens of all segments, N segments of L tokens each, H heads, D width of a head, B sequences, P prompt tokens,
 R answer tokens.
@@ -69,6 +70,7 @@ def branch_attention(
     *,
     branches: Sequence[Sequence[int]] | None = None,
     before: tuple[torch.Tensor, torch.Tensor] | None = None,
+    short_mask: torch.Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **unused: Any,
@@ -78,16 +80,23 @@ def branch_attention(
     `branches`: of each sequence the lengths of its prompt and of each answer; what comes after is padding, whose states
     are 0. They must be given, and no mask: without them answers would see each other, which nobody would notice.
     `before`: keys and values of the first tokens, all of prompts, where the others are given without them.
+    `short_mask` (B, 1, L, L): which key each query of the whole sequences sees, where this is to be one call; states of
+    padding are any then.
     """
     if branches is None or attention_mask is not None:
         raise ValueError("Packed answers need their lengths (`branches`) and no mask.")
-    seen_BSHD = query_BHSD.new_zeros(query_BHSD.transpose(1, 2).shape)
     left_out = 0 if before is None else before[0].shape[2]
     if before is not None:
         key_BHSD, value_BHSD = (torch.cat(parts, dim=2) for parts in zip(before, (key_BHSD, value_BHSD), strict=True))
+    how: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True}
+    if short_mask is not None:
+        seen_BHSD = functional.scaled_dot_product_attention(
+            query_BHSD, key_BHSD, value_BHSD, short_mask[:, :, left_out:], **how
+        )
+        return seen_BHSD.transpose(1, 2), None
+    seen_BSHD = query_BHSD.new_zeros(query_BHSD.transpose(1, 2).shape)
     for row, (prompt, *answers) in enumerate(branches):
         query_HSD, key_HSD, value_HSD = query_BHSD[row], key_BHSD[row], value_BHSD[row]
-        how: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True}
         parts = []
         if prompt > left_out:
             parts.append(attend(query_HSD[:, : prompt - left_out], key_HSD[:, :prompt], value_HSD[:, :prompt], how))

@@ -103,7 +103,8 @@ def opened(recipe: MrdpoRecipe, folder: Path, report: Progress) -> Rounds:
         check_files(recipe, sources[1], "validation", validation)
     check_exact(recipe, (clips, validation))
     check_adapted(recipe, model)
-    claim(folder, recipe, start_of(run), begun=(run.place(0).name, MEDIA), free=FREE_IN_ROUNDS, brought=(REPLIES,))
+    start = start_of(model, processor, {"train": clips, "validation": validation})
+    claim(folder, recipe, start, begun=(run.place(0).name, MEDIA), free=FREE_IN_ROUNDS, brought=(REPLIES,))
     if team.is_main:
         remove_unfinished(folder)  # only now: the folder is the run's
     team.wait()  # before anybody writes

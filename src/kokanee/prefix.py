@@ -23,6 +23,7 @@ from kokanee.model import Kokanee
 from kokanee.prompt import IGNORED
 
 PADDING = -1
+MASKED_PAIRS = 2**25  # of queries and keys on an accelerator, up to which one call with a mask is faster
 Sample = dict[str, torch.Tensor]
 
 
@@ -72,6 +73,12 @@ def branch_mask(segments_BL: torch.Tensor) -> torch.Tensor:
     causal_LL = torch.ones(length, length, dtype=torch.bool, device=segments_BL.device).tril()
     query_BL1, key_B1L = segments_BL[:, :, None], segments_BL[:, None, :]
     return ((query_BL1 == key_B1L) | (key_B1L == 0))[:, None] & causal_LL
+
+
+def short_mask(segments_BL: torch.Tensor) -> torch.Tensor | None:
+    """The mask of sequences that are short enough for it, where they are on an accelerator."""
+    pairs = len(segments_BL) * segments_BL.shape[1] ** 2
+    return branch_mask(segments_BL) if segments_BL.device.type != "cpu" and pairs <= MASKED_PAIRS else None
 
 
 def lengths_of(segments_BL: torch.Tensor) -> list[list[int]]:
@@ -151,6 +158,7 @@ def packed_log_probs(
         position_ids=batch["position_ids"],
         use_cache=False,
         branches=branches,
+        short_mask=short_mask(batch["segments"]),
     ).last_hidden_state
     log_probs_N = token_log_probs(model.lm_head(hidden_BLD[rows_N, places_N]), targets_BL[rows_N, places_N])
     return log_probs_N, rows_N, batch["segments"][rows_N, places_N + 1]

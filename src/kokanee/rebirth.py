@@ -28,9 +28,9 @@ from kokanee.caption_run import run as caption_files
 from kokanee.captioner import Captioner
 from kokanee.captions import Decoding, FileCaptioner
 from kokanee.checkpoints import save
-from kokanee.clips import FileData, Task, WorldClips
+from kokanee.clips import Clips, FileData, Task, WorldClips
 from kokanee.defaults import Defaults, origin
-from kokanee.drafts import Writer, candidates, device_of, figures, verdicts
+from kokanee.drafts import Team, Writer, candidates, device_of, figures, verdicts
 from kokanee.endpoint import Endpoint
 from kokanee.errors import KokaneeError, memory_said
 from kokanee.events import Counts, repetition_rate
@@ -43,6 +43,7 @@ from kokanee.remote import TIMEOUT_S, RemoteCaptioner
 from kokanee.runs import (
     MEDIA,
     REPLIES,
+    Part,
     Progress,
     Run,
     check_adapted,
@@ -182,37 +183,34 @@ def opened(
     team = team_of(recipe)
     train, validation = recipe.data.train, recipe.data.validation
     model, processor = model_of(recipe, recipe.model, (train, validation), team)
-    checked = None if validation is None else clips_of(recipe, folder, model, processor, validation, "validation")
     check_adapted(recipe, model)
-    from_files = isinstance(train, FileData)
-    clips = None if from_files else clips_of(recipe, folder, model, processor, train, "train")
-    run = Run(recipe, folder, model.eval(), processor, clips or NoClips(), checked, team, report)  # pyright: ignore[reportArgumentType]
+
+    def clips_here(data: Source, part: Part) -> Clips:
+        return clips_of(recipe, folder, model, processor, data, part, judged=part == "validation")
+
+    clips = None if isinstance(train, FileData) else clips_here(train, "train")
+    checked = None if validation is None else clips_here(validation, "validation")
     check_exact(recipe, (checked,))
-    teacher = None if from_files or recipe.teacher is None else model_of(recipe, recipe.teacher, (train,), team)
-    start = start_of(run) | ({} if teacher is None else {"teacher": fingerprint(teacher[0])})
+    by_features = recipe.teacher is not None and not isinstance(train, FileData)
+    teacher = model_of(recipe, str(recipe.teacher), (train,), team) if by_features else None
+    start = start_of(model, processor, {"train": clips, "validation": checked})
+    start |= {} if teacher is None else {"teacher": fingerprint(teacher[0])}
     claim(folder, recipe, start, begun=(SHARDS, CAPTIONS, TRAIN, MEDIA, BEFORE), free=FREE, brought=(REPLIES,))
     if team.is_main:
         remove_unfinished(folder)  # only now: the folder is the run's
     team.wait()  # before anybody writes
-    if isinstance(train, FileData):
-        if recipe.teacher is not None:
-            train = train.model_copy(update={"captions": str(said_of_files(run, train))})
-        run.clips = clips_of(recipe, folder, model, processor, train, "train", judged=False)
-        if not begun:
-            check_files(recipe, train, "train", run.clips)
-    numbers = list(range(len(run.clips)))
+    if isinstance(train, FileData) and recipe.teacher is not None:
+        train = train.model_copy(update={"captions": str(said_of_files(recipe, folder, train, team, report))})
+    clips = clips or clips_here(train, "train")
+    if not begun:
+        check_files(recipe, train, "train", clips)
+    run = Run(recipe, folder, model.eval(), processor, clips, checked, team, report)
+    numbers = list(range(len(clips)))
     random.Random(f"{recipe.seed}/clips").shuffle(numbers)
     tasks = tasks_for(run, train, "train", numbers[: recipe.clips], f"{recipe.seed}/rebirth")
     drafts = [draft_of(task) for task in tasks] if teacher is None else said_of_world(run, teacher, tasks)
     cast(model, getattr(torch, recipe.dtype))
     return run, drafts, tasks
-
-
-class NoClips:
-    """Clips that nothing is known of yet."""
-
-    def identity(self) -> str:
-        return "captioned by the teacher"
 
 
 def draft_of(task: Task) -> dict[str, Any]:
@@ -229,13 +227,12 @@ def said_of_world(run: Run[RebirthRecipe], teacher: tuple[Any, Any], tasks: Sequ
     return writer.captions(run.folder / CAPTIONS, clips, tasks, [decoding], 1, told(run, "caption"))
 
 
-def said_of_files(run: Run[RebirthRecipe], data: FileData) -> Path:
+def said_of_files(recipe: RebirthRecipe, folder: Path, data: FileData, team: Team, report: Progress) -> Path:
     """The file of the teacher's captions of all files below `data.videos`. Processes share the files, and each keeps
     records of its own, that grow.
 
     Raises `KokaneeError` where more files than `data.unreadable` have no caption.
     """
-    folder, recipe, team = run.folder, run.recipe, run.team
     path = folder / CAPTIONS
     there = team.share([[None]], 0, lambda _: [path.is_file()])[0]  # the main process decides
     if there:
@@ -255,7 +252,7 @@ def said_of_files(run: Run[RebirthRecipe], data: FileData) -> Path:
         def on_record(_: dict[str, Any]) -> None:
             nonlocal done
             done += 1
-            run.report("caption", done, len(mine), {})
+            report("caption", done, len(mine), {})
 
         caption_files(teacher, mine, folder / SHARDS / f"{first}.jsonl", asked, recipe.caption_batch, on_record)
     team.wait()

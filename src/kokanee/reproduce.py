@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic_core import to_jsonable_python
 
 import kokanee
 from kokanee.errors import KokaneeError
@@ -117,7 +118,7 @@ def claim(out: Path, settings: Settings, recipes: dict[str, dict[str, Any]]) -> 
     """Make the folder this reproduction's, or raise `KokaneeError` with what differs where it holds another one's. It
     may go on with other processes or on another device, from one step to the next."""
     refuse_foreign(out, STATE)
-    chosen = {name: value for name, value in asdict(settings).items() if name not in FREE}
+    chosen = {name: value for name, value in to_jsonable_python(settings).items() if name not in FREE}
     known, state = out / STATE, {"version": VERSION, "settings": chosen, "recipes": recipes}
     if not known.is_file():
         write_json(known, state)

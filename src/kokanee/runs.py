@@ -97,11 +97,10 @@ def clips_of(
     return FileClips(model, processor, data, folder / MEDIA / part, question, judged)
 
 
-def start_of(run: Run[Any]) -> dict[str, str]:
-    """What a run starts from, as fingerprints."""
-    start = {"weights": fingerprint(run.model), "processor": fingerprint_of(run.processor)}
-    start["train clips"] = run.clips.identity()
-    return start | ({"validation clips": run.validation.identity()} if run.validation else {})
+def start_of(model: Kokanee, processor: Processor, clips: dict[Part, Clips | None]) -> dict[str, str]:
+    """What a run starts from, as fingerprints; of clips, of those that are known."""
+    start = {"weights": fingerprint(model), "processor": fingerprint_of(processor)}
+    return start | {f"{part} clips": found.identity() for part, found in clips.items() if found is not None}
 
 
 def check_server(recipe: Tuning, begun: bool) -> None:

@@ -1,0 +1,206 @@
+"""Laws of rebirth tuning: the student learns the captions that are kept, whoever made them; a run can be stopped."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from kokanee.adapters import load_adapter, merge
+from kokanee.captioner import Captioner
+from kokanee.checkpoints import load
+from kokanee.errors import KokaneeError
+from kokanee.events import Counts
+from kokanee.formats import read_json, read_jsonl
+from kokanee.rebirth import Keep, RebirthRecipe, kept_line, run_rebirth, table
+from mrdpo_runs import quiet
+from together import run_together
+
+SMALL: dict[str, Any] = {
+    "stage": "rebirth",
+    "steps": 3,
+    "max_new_tokens": 8,
+    "caption_batch": 2,
+    "keep": {"cut_off": True, "min_words": 0},
+    "lora": {"r": 4, "alpha": 8, "dropout": 0.1},
+    "questions": 2,
+    "validation_clips": 3,
+    "batch_size": 1,
+    "evaluate_batches": 1,
+    "learning_rate": 0.01,
+    "save_every": 1,
+    "log_every": 1,
+    "workers": 0,
+    "device": "cpu",
+}
+
+
+@pytest.fixture
+def recipe(tiny_checkpoint, tiny_stores):
+    def build(**replaced: Any) -> RebirthRecipe:
+        data = {split: {"features": folder} for split, folder in tiny_stores.items()}
+        settings = {**SMALL, "model": str(tiny_checkpoint), "teacher": str(tiny_checkpoint), "data": data, **replaced}
+        return RebirthRecipe(**copy.deepcopy(settings))
+
+    return build
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+def test_what_is_learnt_is_what_the_teacher_says_of_the_training_clips(recipe, tmp_path):
+    made = run_rebirth(recipe(), tmp_path, quiet)
+    said = {record["clip"]: record["captions"][0] for record in read_jsonl(tmp_path / "captions.jsonl")}
+    kept = {record["clip"]: record for record in read_jsonl(tmp_path / "kept.jsonl")}
+    assert len(said) == 6 and {clip: record["caption"] for clip, record in kept.items()} == said
+    assert made["captions"]["captions"] == made["captions"]["kept"] == 6 and made["captions"]["dropped"] == {}
+    assert made["captions"]["questions"] > 6 and made["captions"]["total"] > 0
+    assert made["before"]["clips"] == made["after"]["clips"] == 3 and made["after"]["kl"] != 0
+    assert "before" in "".join(table(made)) and "6 of 6" in kept_line(made)
+
+
+def test_the_student_is_its_base_with_the_adapter_merged(recipe, tiny_checkpoint, tmp_path):
+    run_rebirth(recipe(), tmp_path, quiet)
+    model, _ = load(tiny_checkpoint, dtype="float32")
+    merged = merge(load_adapter(model, tmp_path / "adapter"))
+    left, _ = load(tmp_path / "model", dtype="float32")
+    before, _ = load(tiny_checkpoint, dtype="float32")
+    pairs = zip(merged.named_parameters(), left.named_parameters(), before.named_parameters(), strict=True)
+    changed = {name for (name, one), (_, two), (_, old) in pairs if torch.equal(one, two) and not torch.equal(two, old)}
+    assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj"}
+    assert read_json(tmp_path / "model" / "captioner.json") == read_json(tiny_checkpoint / "captioner.json")
+
+
+def test_a_run_that_is_stopped_anywhere_ends_with_the_same_weights(recipe, tmp_path):
+    run_rebirth(recipe(), tmp_path / "whole", quiet)
+    asked: Counter[str] = Counter()
+
+    def stopping(what: str, done: int, total: int, figures: dict[str, float]) -> None:
+        asked[f"{what} {done}"] += 1
+        if asked[f"{what} {done}"] == 1:
+            raise InterruptedError
+
+    for _ in range(60):
+        try:
+            made = run_rebirth(recipe(), tmp_path / "often", stopping)
+            break
+        except InterruptedError:
+            pass
+    assert len(asked) > 10 and weights(tmp_path / "often") == weights(tmp_path / "whole")
+    assert made["captions"] == read_json(tmp_path / "whole" / "metrics.json")["captions"]
+    assert run_rebirth(recipe(), tmp_path / "often", quiet)["after"] == made["after"]
+
+
+def test_two_processes_learn_what_one_does(recipe, tmp_path):
+    run_rebirth(recipe(batch_size=2), tmp_path / "one", quiet)
+    one, two = (read_jsonl(tmp_path / "one" / name) for name in ("captions.jsonl", "kept.jsonl"))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom kokanee.launch import as_worker\n"
+        "from kokanee.rebirth import RebirthRecipe, run_rebirth\nfrom mrdpo_runs import quiet\n"
+        "with as_worker():\n"
+        "    run_rebirth(RebirthRecipe.model_validate_json(sys.argv[1]), Path(sys.argv[2]), quiet)\n"
+    )
+    settings = recipe(batch_size=1, processes=2, evaluate_batches=2)
+    run_together(script, settings.model_dump_json(), str(tmp_path / "two"))
+    assert read_jsonl(tmp_path / "two" / "captions.jsonl") == one and read_jsonl(tmp_path / "two" / "kept.jsonl") == two
+    assert load(tmp_path / "two" / "model")
+
+
+def test_without_a_teacher_the_captions_of_the_data_are_learnt(recipe, tmp_path):
+    run_rebirth(recipe(teacher=None), tmp_path, quiet)
+    assert not (tmp_path / "captions.jsonl").exists()
+    told = [record["caption"] for record in read_jsonl(tmp_path / "kept.jsonl")]
+    assert len(told) == 6 and all(caption.endswith(".") for caption in told)
+
+
+def test_a_clip_whose_caption_is_not_kept_still_asks_its_questions(recipe, tmp_path):
+    made = run_rebirth(recipe(teacher=None, keep={"max_words": 30, "min_words": 5}), tmp_path, quiet)
+    captions = made["captions"]
+    assert 0 < captions["kept"] < 6 and sum(captions["dropped"].values()) == 6 - captions["kept"]
+    dropped = [record for record in read_jsonl(tmp_path / "kept.jsonl") if record["dropped"]]
+    assert dropped and all(not 5 <= len(record["caption"].split()) <= 30 for record in dropped)
+    assert captions["questions"] > 2 * captions["kept"]
+
+
+@pytest.mark.parametrize(
+    ("rules", "caption", "finished", "counts", "why"),
+    [
+        ({}, "a dog runs", True, None, ""),
+        ({}, "a dog runs", False, None, "cut off"),
+        ({"cut_off": True}, "a dog runs", False, None, ""),
+        ({}, "", True, None, "too short"),
+        ({"min_words": 4}, "a dog runs", True, None, "too short"),
+        ({"max_words": 2}, "a dog runs", True, None, "too long"),
+        ({"max_repetition": 0.5}, "a dog runs over here now " * 3, True, None, "repeats itself"),
+        ({"max_repetition": 0.5}, "a dog runs over here now", True, None, ""),
+        ({"max_error": 0.5}, "a dog runs", True, Counts(1, 1, 0, 4), ""),
+        ({"max_error": 0.5}, "a dog runs", True, Counts(1, 1, 1, 4), "too much missed or wrong"),
+        ({"max_hall": 0.25}, "a dog runs", True, Counts(3, 1, 0, 4), ""),
+        ({"max_hall": 0.25}, "a dog runs", True, Counts(0, 1, 1, 4), "too much wrong"),
+        ({"max_hall": 0.25}, "a dog runs", True, None, "not judged"),
+    ],
+)
+def test_captions_are_kept_by_rules(rules, caption, finished, counts, why):
+    assert Keep(**rules).reason(caption, finished, True, counts) == why
+
+
+def test_a_caption_of_which_nothing_is_known_is_not_held_against_events():
+    assert Keep(max_error=0.1).reason("a dog runs", True, False, None) == ""
+
+
+def test_another_teacher_or_setting_is_refused_in_the_same_folder(recipe, tiny_model, tiny_processor, tmp_path):
+    from kokanee.checkpoints import save
+
+    with torch.no_grad():
+        tiny_model.lm_head.weight.add_(0.01)
+    other = save(tiny_model, tiny_processor, tmp_path / "other")
+    run_rebirth(recipe(), tmp_path / "run", quiet)
+    with pytest.raises(KokaneeError, match=r"qa_weight: 1\.0 before, 0\.5 now"):
+        run_rebirth(recipe(qa_weight=0.5), tmp_path / "run", quiet)
+    with pytest.raises(KokaneeError, match="other teacher than before"):
+        run_rebirth(recipe(teacher=str(other)), tmp_path / "run", quiet)
+
+
+def test_too_few_captions_are_told_with_the_reasons(recipe, tmp_path):
+    with pytest.raises(KokaneeError, match=r"0 captions are kept \(6: too short\), but it takes 2"):
+        run_rebirth(recipe(keep={"min_words": 1000, "cut_off": True}), tmp_path, quiet)
+
+
+def test_videos_are_captioned_by_the_teacher_and_learnt_by_a_student_that_sees_otherwise(
+    recipe, tiny_checkpoint, media, tmp_path
+):
+    """Files instead of features; the student looks at fewer frames. What cannot be read is left out and told."""
+    videos = tmp_path / "videos"
+    (videos / "inside").mkdir(parents=True)
+    for name, target in (("first.mp4", "a.mp4"), ("second.mp4", "inside/b.mp4"), ("silent.mp4", "c.mp4")):
+        (videos / target).symlink_to(media / name)
+    (videos / "broken.mp4").write_bytes(b"no video")
+    asked = tmp_path / "questions.jsonl"
+    asked.write_text(json.dumps({"file": "inside/b.mp4", "question": "What moves?", "answer": "dots"}) + "\n")
+    student = tmp_path / "student"
+    Captioner.from_pretrained(tiny_checkpoint, max_frames=8).save_pretrained(student)
+    data = {"train": {"videos": str(videos), "questions": str(asked), "unreadable": 0.25}}
+    made = run_rebirth(recipe(model=str(student), data=data), tmp_path / "run", quiet)
+    assert (made["captions"]["captions"], made["captions"]["questions"]) == (3, 1) and "before" not in made
+    said = {record["file"]: record["caption"] for record in read_jsonl(tmp_path / "run" / "captions.jsonl")}
+    teacher = Captioner.from_pretrained(tiny_checkpoint)
+    assert said == {
+        name: teacher.caption(videos / name, max_new_tokens=8).text for name in ("a.mp4", "c.mp4", "inside/b.mp4")
+    }
+    with pytest.raises(KokaneeError, match=r"1 of 4 files have no caption, such as: .*broken"):
+        run_rebirth(recipe(data={"train": {**data["train"], "unreadable": 0.0}}), tmp_path / "strict", quiet)
+
+
+def test_files_need_a_teacher_or_captions(recipe, media):
+    with pytest.raises(ValidationError, match="give a teacher"):
+        recipe(teacher=None, data={"train": {"videos": str(media)}})
+    with pytest.raises(ValidationError, match="needs captions and events"):
+        recipe(data={"train": {"videos": str(media)}, "validation": {"videos": str(media)}})

@@ -1,0 +1,188 @@
+"""Laws of the reproduction: the recipes of the house with one seed, steps that continue, settings that hold."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kokanee import reproduce as module
+from kokanee.errors import KokaneeError
+from kokanee.formats import read_json, read_jsonl
+from kokanee.mrdpo_recipe import MrdpoRecipe
+from kokanee.rebirth import RebirthRecipe
+from kokanee.recipes import Recipe, read_yaml
+from kokanee.reproduce import (
+    CONTROLS,
+    HERE,
+    PRETRAINING,
+    Settings,
+    placed,
+    recipes_of,
+    reproduce,
+    shipped_recipes,
+    sized_for,
+    steps_of,
+)
+from kokanee.stages import Sizes
+
+NANO = Path(__file__).parent.parent / "recipes" / "nano"
+KINDS = {"6-mrdpo": MrdpoRecipe, "dpo": MrdpoRecipe, "ce": MrdpoRecipe, "7-rebirth": RebirthRecipe}
+KINDS |= {"continued": RebirthRecipe, "model": Sizes}
+
+
+def without_places(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without what says where things are."""
+    data = {k: v for k, v in recipe.get("data", {}).items() if k not in ("train", "validation", "seed")}
+    return {k: v for k, v in recipe.items() if k not in ("model", "teacher", "data", "seed")} | {"data": data}
+
+
+def test_with_seed_0_the_steps_are_the_shipped_recipes():
+    found = recipes_of(Settings())
+    for path in NANO.glob("*.yaml"):
+        shipped = read_yaml(path)
+        assert without_places(found[path.stem]) == without_places(shipped)
+        assert found[path.stem]["seed"] == shipped.get("seed", 0)
+    assert shipped_recipes() == NANO
+    assert {**found["6-mrdpo"], "loss": "dpo", "rounds": 1} == found["dpo"]
+    assert {**found["6-mrdpo"], "loss": "ce"} == found["ce"]
+    assert {**found["7-rebirth"], "teacher": None} == found["continued"]
+
+
+def test_every_seed_has_numbers_of_its_own_and_all_else_in_common():
+    zero, one, two = (recipes_of(Settings(seed=seed)) for seed in range(3))
+    numbers = [{recipe["seed"] for recipe in found.values()} for found in (zero, one, two)]
+    assert numbers[0].isdisjoint(numbers[1]) and numbers[1].isdisjoint(numbers[2])
+    for name, recipe in one.items():
+        assert without_places(recipe) == without_places(two[name]) and recipe["seed"] + 100 == two[name]["seed"]
+        if name in KINDS and name != "model":
+            assert recipe["data"]["train"]["seed"] == 1
+
+
+@pytest.mark.parametrize("settings", [Settings(), Settings(quick=True), Settings(start="nano-sft", device="gpu")])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_every_recipe_is_valid_and_has_as_many_clips_in_a_step_whatever_shares_them(settings, processes, tmp_path):
+    for name, recipe in recipes_of(settings).items():
+        sized = sized_for(replace(settings, processes=processes), recipe)
+        checked: Any = KINDS.get(name, Recipe)(**placed(sized, tmp_path))
+        assert HERE not in json.dumps(placed(sized, tmp_path))
+        if name != "model":
+            alone = sized_for(replace(settings, processes=1), recipe)
+            assert checked.batch_size * checked.processes == alone["batch_size"]
+            wanted = recipe["batch_size"] * recipe["processes"]
+            assert alone["batch_size"] == (8 if settings.quick else wanted)
+            if not settings.quick:
+                held_out = recipe["evaluate_batches"] * recipe["batch_size"]
+                assert checked.evaluate_batches * checked.batch_size == held_out
+
+
+def test_clips_that_cannot_be_shared_evenly_are_told():
+    with pytest.raises(KokaneeError, match="32 clips cannot be shared by 3 processes"):
+        sized_for(Settings(processes=3), recipes_of(Settings())["5-sft"])
+
+
+def test_settings_of_single_steps_can_be_replaced():
+    found = recipes_of(Settings(changed=(("5-sft", "steps", 7), ("6-mrdpo", "pairs.min_gap", 0.3))))
+    assert found["5-sft"]["steps"] == 7 and found["6-mrdpo"]["pairs"]["min_gap"] == 0.3
+    with pytest.raises(KokaneeError, match="no step '9-x' with a recipe"):
+        recipes_of(Settings(changed=(("9-x", "steps", 7),)))
+    with pytest.raises(KokaneeError, match="'steps' is a single value"):
+        recipes_of(Settings(changed=(("5-sft", "steps.more", 7),)))
+    with pytest.raises(KokaneeError, match="no reproduction of 'giga'"):
+        recipes_of(Settings(model="giga"))
+
+
+def test_what_is_begun_with_or_left_out_has_no_step(tmp_path):
+    names = {step.name for step in steps_of(Settings(), tmp_path)}
+    assert {*PRETRAINING, *CONTROLS, "features", "6-mrdpo", "7-rebirth", "exam", "marks"} <= names
+    some = Settings(start="nano-sft", without=("dpo", "ce"))
+    left = steps_of(some, tmp_path)
+    assert names - {step.name for step in left} == {*PRETRAINING, "dpo", "ce"}
+    marked = [Path(command[command.index("--out") + 1]).stem for command in left[-1].commands]
+    assert sorted(marked) == ["continued", "gdpo", "mrdpo", "rebirth", "sft"]
+    assert set(recipes_of(some)) == {"6-mrdpo", "7-rebirth", "continued"}
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """Steps that do nothing, and results that say nothing."""
+    monkeypatch.setattr(module, "run_steps", lambda steps, folder, threads, report: 0)
+    monkeypatch.setattr(module, "results", lambda settings, out, steps: {"settings": settings})
+    monkeypatch.setattr(module, "page", lambda found: f"{len(found)} seeds")
+
+
+def test_a_folder_goes_on_with_the_same_settings_alone(idle, tmp_path):
+    out = tmp_path / "out"
+    assert reproduce(Settings(), out, print) and not reproduce(Settings(), out, print)
+    for other, said in (
+        (Settings(seed=3), r"\(seed: 0 before, 3 now\)"),
+        (Settings(quick=True), r"\(quick: False before, True now\)"),
+        (Settings(changed=(("5-sft", "data.questions", 1),)), r"\(5-sft\.data\.questions: 8 before, 1 now\)"),
+    ):
+        with pytest.raises(KokaneeError, match=f"other settings {said}"):
+            reproduce(other, out, print)
+    assert not reproduce(Settings(processes=4, device="gpu"), out, print)
+    assert read_yaml(out / "recipes" / "5-sft.yaml")["processes"] == 4
+
+
+def test_a_folder_can_be_moved(idle, tmp_path):
+    reproduce(Settings(), tmp_path / "one", print)
+    shutil.move(tmp_path / "one", tmp_path / "two")
+    assert not reproduce(Settings(), tmp_path / "two", print)
+    assert read_yaml(tmp_path / "two" / "recipes" / "2-hear.yaml")["model"] == str(tmp_path / "two" / "1-see" / "model")
+
+
+def test_the_report_is_about_seeds_beside_too(idle, tmp_path):
+    reproduce(Settings(), tmp_path / "one", print)
+    reproduce(Settings(seed=1), tmp_path / "two", print, [tmp_path / "one"])
+    assert (tmp_path / "two" / "report.html").read_text() == "2 seeds"
+    with pytest.raises(KokaneeError, match="no finished reproduction"):
+        reproduce(Settings(seed=2), tmp_path / "three", print, [tmp_path / "four"])
+    assert not (tmp_path / "three").exists()
+
+
+def test_a_foreign_folder_is_left_alone(idle, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(KokaneeError, match="holds other files"):
+        reproduce(Settings(), tmp_path, print)
+    assert [path.name for path in tmp_path.iterdir() if path.name[0] != "."] == ["thesis.txt"]
+
+
+@pytest.mark.slow
+def test_the_quick_path_is_killed_goes_on_ends_and_is_finished_then(tmp_path):
+    """The whole method through the command line, as a user would."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "kokanee", "reproduce", "nano", "--quick", "--out", str(out), "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 300
+        while not (out / "logs" / "features.txt").is_file():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        process.kill()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    steps = [record["name"] for record in read_jsonl(out / "steps.jsonl") if record["ended"]]
+    assert steps == [step.name for step in steps_of(Settings(quick=True, processes=1), out)]
+    assert done.stdout == "" and "1-see" not in done.stderr and "step 3 of 14, features" in done.stderr
+    found = read_json(out / "results.json")
+    names = ["base", "sft", "dpo", "gdpo", "mrdpo", "rebirth", "ce", "continued"]
+    assert [stage["name"] for stage in found["stages"]] == names and found["quick"]
+    assert all(stage[group]["total"] > 0 for stage in found["stages"] for group in ("greedy", "sampled", "local"))
+    assert all(stage["qa"]["questions"] > 0 for stage in found["stages"])
+    assert [row["round"] for row in found["rounds"]] == [row["round"] for row in found["ce_rounds"]] == [0, 1, 2]
+    assert {one["name"] for one in found["times"]} == set(steps) and len(found["goals"]) == 5
+    written = (out / "report.html").read_text()
+    assert "A quick run" in written and f"{found['stages'][4]['greedy']['total']:.1f}" in written
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and "nothing was left to do" in again.stderr
+    changed = subprocess.run([*command, "--set", "5-sft.steps=41"], capture_output=True, text=True)
+    assert changed.returncode == 1 and "5-sft.steps: 40 before, 41 now" in changed.stderr
+    assert yaml.safe_load((out / "recipes" / "5-sft.yaml").read_text())["steps"] == 40
