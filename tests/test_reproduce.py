@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -17,26 +16,20 @@ import yaml
 from kokanee import reproduce as module
 from kokanee.errors import KokaneeError
 from kokanee.formats import read_json, read_jsonl
-from kokanee.mrdpo_recipe import MrdpoRecipe
-from kokanee.rebirth import RebirthRecipe
-from kokanee.recipes import Recipe, read_yaml
+from kokanee.recipes import read_yaml
 from kokanee.reproduce import (
     CONTROLS,
-    HERE,
     PRETRAINING,
     Settings,
-    placed,
+    check_recipes,
     recipes_of,
     reproduce,
     shipped_recipes,
     sized_for,
     steps_of,
 )
-from kokanee.stages import Sizes
 
 NANO = Path(__file__).parent.parent / "recipes" / "nano"
-KINDS = {"6-mrdpo": MrdpoRecipe, "dpo": MrdpoRecipe, "ce": MrdpoRecipe, "7-rebirth": RebirthRecipe}
-KINDS |= {"continued": RebirthRecipe, "model": Sizes}
 
 
 def without_places(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -63,25 +56,40 @@ def test_every_seed_has_numbers_of_its_own_and_all_else_in_common():
     assert numbers[0].isdisjoint(numbers[1]) and numbers[1].isdisjoint(numbers[2])
     for name, recipe in one.items():
         assert without_places(recipe) == without_places(two[name]) and recipe["seed"] + 100 == two[name]["seed"]
-        if name in KINDS and name != "model":
+        if name in ("6-mrdpo", "dpo", "ce", "7-rebirth", "continued"):
             assert recipe["data"]["train"]["seed"] == 1
 
 
 @pytest.mark.parametrize("settings", [Settings(), Settings(quick=True), Settings(start="nano-sft", device="gpu")])
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_every_recipe_is_valid_and_has_as_many_clips_in_a_step_whatever_shares_them(settings, processes, tmp_path):
-    for name, recipe in recipes_of(settings).items():
-        sized = sized_for(replace(settings, processes=processes), recipe)
-        checked: Any = KINDS.get(name, Recipe)(**placed(sized, tmp_path))
-        assert HERE not in json.dumps(placed(sized, tmp_path))
+def test_every_recipe_is_valid_and_has_as_many_clips_in_a_step_whatever_shares_them(settings, processes):
+    recipes = recipes_of(settings)
+    check_recipes(replace(settings, processes=processes), recipes)
+    for name, recipe in recipes.items():
         if name != "model":
-            alone = sized_for(replace(settings, processes=1), recipe)
-            assert checked.batch_size * checked.processes == alone["batch_size"]
-            wanted = recipe["batch_size"] * recipe["processes"]
-            assert alone["batch_size"] == (8 if settings.quick else wanted)
+            sized, alone = (sized_for(replace(settings, processes=count), recipe) for count in (processes, 1))
+            assert sized["batch_size"] * sized["processes"] == alone["batch_size"]
+            assert alone["batch_size"] == (8 if settings.quick else recipe["batch_size"] * recipe["processes"])
             if not settings.quick:
                 held_out = recipe["evaluate_batches"] * recipe["batch_size"]
-                assert checked.evaluate_batches * checked.batch_size == held_out
+                assert sized["evaluate_batches"] * sized["batch_size"] == held_out
+
+
+def test_a_wrong_setting_is_told_before_anything_is_begun(tmp_path):
+    with pytest.raises(KokaneeError, match=r"6-mrdpo: unknown setting 'stepz' \(did you mean 'steps'"):
+        reproduce(Settings(changed=(("6-mrdpo", "stepz", 1),)), tmp_path / "out", print)
+    with pytest.raises(KokaneeError, match=r"5-sft, data: unknown setting 'question'"):
+        reproduce(Settings(changed=(("5-sft", "data.question", 1),)), tmp_path / "out", print)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_control_has_what_it_controls_in_common_whatever_is_changed():
+    """SFT continued takes as many steps of the same kind as rebirth, cross-entropy as many as mrDPO."""
+    changed = (("7-rebirth", "steps", 9), ("7-rebirth", "questions", 1), ("6-mrdpo", "steps", 5))
+    found = recipes_of(Settings(changed=changed))
+    assert found["continued"] == {**found["7-rebirth"], "teacher": None} and found["continued"]["steps"] == 9
+    assert found["ce"] == {**found["6-mrdpo"], "loss": "ce"} and found["ce"]["steps"] == 5
+    assert recipes_of(Settings(changed=(*changed, ("ce", "steps", 3))))["ce"]["steps"] == 3
 
 
 def test_clips_that_cannot_be_shared_evenly_are_told():
@@ -100,11 +108,11 @@ def test_settings_of_single_steps_can_be_replaced():
         recipes_of(Settings(model="giga"))
 
 
-def test_what_is_begun_with_or_left_out_has_no_step(tmp_path):
-    names = {step.name for step in steps_of(Settings(), tmp_path)}
+def test_what_is_begun_with_or_left_out_has_no_step():
+    names = {step.name for step in steps_of(Settings())}
     assert {*PRETRAINING, *CONTROLS, "features", "6-mrdpo", "7-rebirth", "exam", "marks"} <= names
     some = Settings(start="nano-sft", without=("dpo", "ce"))
-    left = steps_of(some, tmp_path)
+    left = steps_of(some)
     assert names - {step.name for step in left} == {*PRETRAINING, "dpo", "ce"}
     marked = [Path(command[command.index("--out") + 1]).stem for command in left[-1].commands]
     assert sorted(marked) == ["continued", "gdpo", "mrdpo", "rebirth", "sft"]
@@ -114,14 +122,15 @@ def test_what_is_begun_with_or_left_out_has_no_step(tmp_path):
 @pytest.fixture
 def idle(monkeypatch):
     """Steps that do nothing, and results that say nothing."""
-    monkeypatch.setattr(module, "run_steps", lambda steps, folder, threads, report: 0)
-    monkeypatch.setattr(module, "results", lambda settings, out, steps: {"settings": settings})
+    monkeypatch.setattr(module, "run_steps", lambda steps, folder, threads, device, report: 0)
+    monkeypatch.setattr(module, "results", lambda settings, out, steps: dict(settings))
     monkeypatch.setattr(module, "page", lambda found: f"{len(found)} seeds")
 
 
 def test_a_folder_goes_on_with_the_same_settings_alone(idle, tmp_path):
     out = tmp_path / "out"
     assert reproduce(Settings(), out, print) and not reproduce(Settings(), out, print)
+    (out / "5-sft").mkdir()
     for other, said in (
         (Settings(seed=3), r"\(seed: 0 before, 3 now\)"),
         (Settings(quick=True), r"\(quick: False before, True now\)"),
@@ -129,21 +138,40 @@ def test_a_folder_goes_on_with_the_same_settings_alone(idle, tmp_path):
     ):
         with pytest.raises(KokaneeError, match=f"other settings {said}"):
             reproduce(other, out, print)
-    assert not reproduce(Settings(processes=4, device="gpu"), out, print)
-    assert read_yaml(out / "recipes" / "5-sft.yaml")["processes"] == 4
+
+
+def test_what_has_not_begun_may_change_and_what_has_stays_as_it_is(idle, tmp_path):
+    """Also how it is shared: a step that two processes began, two go on with."""
+    reproduce(Settings(), tmp_path, print)
+    (tmp_path / "5-sft").mkdir()
+    reproduce(Settings(processes=4, changed=(("6-mrdpo", "steps", 7),), without=("ce",)), tmp_path, print)
+    recipes = {path.stem: read_yaml(path) for path in (tmp_path / "recipes").iterdir()}
+    assert recipes["5-sft"]["processes"] == 2 and recipes["6-mrdpo"]["processes"] == 4
+    assert recipes["6-mrdpo"]["steps"] == 7 and read_json(tmp_path / "state.json")["recipes"]["dpo"]["steps"] == 7
+    reproduce(Settings(changed=(("6-mrdpo", "steps", 7),)), tmp_path, print)
+    (tmp_path / "6-mrdpo").mkdir()
+    with pytest.raises(KokaneeError, match=r"6-mrdpo\.steps: 7 before, 160 now"):
+        reproduce(Settings(), tmp_path, print)
 
 
 def test_a_folder_can_be_moved(idle, tmp_path):
+    """Nothing in it says where it is, so that a step under way goes on too."""
     reproduce(Settings(), tmp_path / "one", print)
+    texts = [path.read_text() for path in (tmp_path / "one").rglob("*") if path.suffix in (".yaml", ".json")]
+    commands = [word for step in steps_of(Settings()) for command in step.commands for word in command]
+    assert len(texts) > 10 and not any(str(tmp_path) in text for text in [*texts, *commands])
     shutil.move(tmp_path / "one", tmp_path / "two")
     assert not reproduce(Settings(), tmp_path / "two", print)
-    assert read_yaml(tmp_path / "two" / "recipes" / "2-hear.yaml")["model"] == str(tmp_path / "two" / "1-see" / "model")
 
 
 def test_the_report_is_about_seeds_beside_too(idle, tmp_path):
     reproduce(Settings(), tmp_path / "one", print)
     reproduce(Settings(seed=1), tmp_path / "two", print, [tmp_path / "one"])
     assert (tmp_path / "two" / "report.html").read_text() == "2 seeds"
+    with pytest.raises(KokaneeError, match="has the same seed or other settings"):
+        reproduce(Settings(seed=1), tmp_path / "three", print, [tmp_path / "two"])
+    with pytest.raises(KokaneeError, match="has the same seed or other settings"):
+        reproduce(Settings(seed=2, changed=(("dpo", "steps", 3),)), tmp_path / "three", print, [tmp_path / "two"])
     with pytest.raises(KokaneeError, match="no finished reproduction"):
         reproduce(Settings(seed=2), tmp_path / "three", print, [tmp_path / "four"])
     assert not (tmp_path / "three").exists()
@@ -170,7 +198,7 @@ def test_the_quick_path_is_killed_goes_on_ends_and_is_finished_then(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     steps = [record["name"] for record in read_jsonl(out / "steps.jsonl") if record["ended"]]
-    assert steps == [step.name for step in steps_of(Settings(quick=True, processes=1), out)]
+    assert steps == [step.name for step in steps_of(Settings(quick=True, processes=1))]
     assert done.stdout == "" and "1-see" not in done.stderr and "step 3 of 14, features" in done.stderr
     found = read_json(out / "results.json")
     names = ["base", "sft", "dpo", "gdpo", "mrdpo", "rebirth", "ce", "continued"]

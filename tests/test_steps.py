@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kokanee.errors import KokaneeError
-from kokanee.steps import Step, Told, error_in, minutes_left, records, run_steps, seconds_of
+from kokanee.steps import Command, Step, Told, minutes_left, records, run_steps, seconds_of, shown
 
 GOOD = ("--version",)
 BAD = ("train", "nowhere.yaml", "--out", "out")
@@ -25,29 +25,60 @@ def nothing(told: Told) -> None:
 def test_steps_are_done_once_and_in_order(tmp_path):
     steps = [Step("one", "", (GOOD,), 1.0), Step("two", "", (GOOD, GOOD), 2.0, together=2)]
     told: list[Told] = []
-    assert run_steps(steps, tmp_path, 1, told.append) == 2
-    assert [record["name"] for record in records(tmp_path)] == ["one", "two"]
-    assert [one.step.name for one in told if not one.line][:1] == ["one"] and told[-1].line.startswith("kokanee ")
-    assert (tmp_path / "logs" / "two.txt").read_text().count("$ kokanee --version") == 2
-    assert run_steps(steps, tmp_path, 1, nothing) == 0
+    assert run_steps(steps, tmp_path, 1, "here", told.append) == 2
+    assert [(record["name"], record["device"]) for record in records(tmp_path)] == [("one", "here"), ("two", "here")]
+    assert [one.step.name for one in told if not one.line][:2] == ["one", "one"] and told[-1].number == 2
+    for log in ("one.txt", "two.txt", "two-2.txt"):
+        assert (tmp_path / "logs" / log).read_text().startswith("$ kokanee --version\nkokanee ")
+    assert run_steps(steps, tmp_path, 1, "here", nothing) == 0
 
 
 def test_a_step_that_fails_says_why_and_is_the_next_to_be_done(tmp_path):
     steps = [Step("good", "", (GOOD,), 1.0), Step("bad", "", (BAD, GOOD), 1.0), Step("last", "", (GOOD,), 1.0)]
     with pytest.raises(KokaneeError, match=r"bad: nowhere\.yaml is not there.* is in .*bad\.txt"):
-        run_steps(steps, tmp_path, 1, nothing)
+        run_steps(steps, tmp_path, 1, "here", nothing)
     assert [(record["name"], record["ended"]) for record in records(tmp_path)] == [("good", True), ("bad", False)]
     assert "--version" not in (tmp_path / "logs" / "bad.txt").read_text()
     mended = [steps[0], Step("bad", "", (GOOD,), 1.0), steps[2]]
-    assert run_steps(mended, tmp_path, 1, nothing) == 2
+    assert run_steps(mended, tmp_path, 1, "here", nothing) == 2
 
 
-def test_what_a_command_says_last_of_its_error_is_told(tmp_path):
-    log = tmp_path / "log.txt"
-    log.write_text("Error: an old one.\n$ kokanee x\nhalf\nError: the new\none.\n")
-    assert error_in(log) == "the new\none."
-    log.write_text("$ kokanee x\nSegmentation fault\n")
-    assert error_in(log) == "It failed. Segmentation fault"
+def test_what_a_command_says_of_its_error_is_told_and_not_what_an_earlier_one_said(tmp_path):
+    command = Command(BAD, tmp_path, "bad", 1)
+    command.log.parent.mkdir()
+    command.log.write_text("$ kokanee x\nError: an old one.\n")
+    command.begin(1)
+    until(lambda: command.code is not None)
+    assert command.error().startswith("nowhere.yaml is not there") and "old" in command.log.read_text()
+    with command.log.open("a") as log:
+        command.start = log.tell()
+        log.write("half\nSegmentation fault\n")
+    assert command.error() == "It failed. Segmentation fault"
+
+
+def test_a_command_that_a_signal_ended_says_so(tmp_path):
+    command = Command(("env",), tmp_path, "killed", 1).begin(1)
+    assert command.process is not None
+    command.process.kill()
+    until(lambda: command.code is not None)
+    assert command.error() == "It was ended by the signal 9; where that is 9, perhaps for want of memory."
+
+
+def test_a_command_whose_file_is_there_is_not_called_again(tmp_path):
+    (tmp_path / "one.json").touch()
+    step = Step("marks", "", (BAD, GOOD), 1.0, together=2, made=("one.json", "two.json"))
+    assert run_steps([step], tmp_path, 1, "here", nothing) == 1
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["marks-2.txt"]
+
+
+def test_half_a_record_of_a_killed_writer_stops_nothing(tmp_path):
+    (tmp_path / "steps.jsonl").write_text('{"name": "on')
+    assert run_steps([Step("one", "", (GOOD,), 1.0)], tmp_path, 1, "here", nothing) == 1
+    assert len(records(tmp_path)) == 1
+
+
+def test_commands_are_shown_as_one_would_type_them():
+    assert shown(("train", "my runs/a.yaml")) == "kokanee train 'my runs/a.yaml'"
 
 
 def test_what_is_left_follows_from_how_long_steps_took(tmp_path):
@@ -66,15 +97,15 @@ def test_a_command_ends_when_the_one_who_began_it_is_killed(tmp_path):
     """Its child would go on for a minute."""
     script = tmp_path / "starter.py"
     script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom kokanee.steps import begun\n"
+        "import sys\nfrom pathlib import Path\nimport kokanee.steps as steps\n"
         "code = 'import time; from kokanee.launch import follow; follow(); print(1, flush=True); time.sleep(60)'\n"
-        "import kokanee.steps as steps\n"
         "real = steps.subprocess.Popen\n"
         "steps.subprocess.Popen = lambda words, **how: real([sys.executable, '-c', code], **how)\n"
-        "process = begun(('x',), open(sys.argv[1], 'w'), 1)\nprint(process.pid, flush=True)\nprocess.wait()\n"
+        "process = steps.Command(('x',), Path(sys.argv[1]), 'step', 1).begin(1).process\n"
+        "print(process.pid, flush=True)\nprocess.wait()\n"
     )
-    log = tmp_path / "log.txt"
-    starter = subprocess.Popen([sys.executable, str(script), str(log)], stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "logs" / "step.txt"
+    starter = subprocess.Popen([sys.executable, str(script), str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert starter.stdout is not None
     child = int(starter.stdout.readline())
     until(lambda: log.read_text().endswith("1\n"))

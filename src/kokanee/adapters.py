@@ -37,7 +37,8 @@ FULLY_TRAINED = ("visual.merger", "audio.qformer", "audio.projection")
 
 
 def load_adapter(model: Kokanee, folder: str | Path, *, trained: bool = False) -> PeftModel:
-    """Put the LoRA adapter in `folder` onto `model`; its weights are trained further if `trained`.
+    """Put the LoRA adapter in `folder` onto `model`; its weights are trained further if `trained`, or else all is in
+    evaluation mode.
 
     Takes adapters saved from Kokanee and from the authors' code, also with the modules that their recipe trains whole.
     Every stored weight is used and every weight of the adapter is found, or `KokaneeError` names those that are not.
@@ -80,7 +81,7 @@ def load_adapter(model: Kokanee, folder: str | Path, *, trained: bool = False) -
     for name, weight in adapted.named_parameters():
         if "lora_" in name or ".modules_to_save." in name:
             weight.requires_grad_(trained)
-    return adapted
+    return adapted if trained else adapted.eval()  # a new adapter has dropout until then
 
 
 def wrapped(model: Kokanee, config: LoraConfig) -> PeftModel:

@@ -51,8 +51,9 @@ def reproduce(
 
     About four and a half hours on two cores. It can be killed at any time and called again.
     """
-    from kokanee.reproduce import CONTROLS, PAGE, RESULTS, Settings, left, steps_of
+    from kokanee.reproduce import CONTROLS, PAGE, RESULTS, Settings, check_recipes, left, recipes_of, steps_of
     from kokanee.reproduce import reproduce as work
+    from kokanee.steps import shown
 
     if device not in ("auto", "cpu", "gpu"):
         raise typer.BadParameter(f"there is no device {device!r}; give auto, cpu or gpu", param_hint="--device")
@@ -67,11 +68,15 @@ def reproduce(
         changed.append((step, name, value))
     device = device_here(device)
     count = processes or (1 if device == "gpu" or quick else 2)
+    if start is not None and Path(start).is_dir():
+        start = str(Path(start).resolve())  # steps are done in the reproduction's own folder
     settings = Settings(model, seed, quick, start, device, count, tuple(changed), tuple(without or ()))
     if dry_run:
-        for step in steps_of(settings, out):
+        check_recipes(settings, recipes_of(settings))
+        say(f"in {out}, with recipes that are written there when it begins:")
+        for step in steps_of(settings):
             for command in step.commands:
-                typer.echo(f"kokanee {' '.join(command)}")
+                typer.echo(shown(command))
         return
     minutes = left(settings, out)
     if minutes:

@@ -284,15 +284,14 @@ def take_exam(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file for all marks and captions.")] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the JSON file if it is there.")] = False,
 ) -> None:
     """Caption and question clips whose truth is known, and mark what came out beside what annotators wrote."""
     from kokanee.formats import check_writable, write_json
 
     if out is not None:
         check_writable(out)
-        if out.exists() and not overwrite:
-            raise KokaneeError(f"{out} is there already. Choose another name for the marks, or give --overwrite.")
+        if out.exists():
+            raise KokaneeError(f"{out} is there already. Choose another name for the marks.")
     from kokanee.checkpoints import load
     from kokanee.exam import CAPTION_TOKENS, exam
     from kokanee.weights import fingerprint

@@ -137,6 +137,11 @@ class FileData(BaseModel):
     prompts: tuple[str, ...] = Field((), description="requests for a caption; the checkpoint's own, if left out")
     unreadable: float = Field(0.02, ge=0, le=1, description="largest share of files that may be left out as unreadable")
 
+    @field_validator("videos", "captions", "events", "questions")
+    @classmethod
+    def _home(cls, path: str | None) -> str | None:
+        return None if path is None else str(Path(path).expanduser())
+
 
 class WorldClips:
     """Clips of the world, from the features of a store (`features.py`). The audio aligner runs here, once a clip."""
@@ -295,14 +300,17 @@ class FileClips:
 
 
 def known_of(data: FileData, judged: bool) -> list[Known]:
-    """The clips that have a caption, with their events; `judged`: all must have some."""
+    """The clips that have a caption, with their events; `judged`: all must have both, and no caption be empty."""
     if data.captions is None:
         raise KokaneeError(f"Nobody's captions of {data.videos} are given. Give data's captions: a file of them.")
     truths = read_ground_truth(Path(data.events)) if data.events else None
-    told = [said for said in read_predictions(Path(data.captions)) if said.text and not said.sample]
+    everything = read_predictions(Path(data.captions))
+    told = [said for said in everything if (said.text or not (judged or said.reason)) and not said.sample]
+    if not told:
+        raise KokaneeError(f"{data.captions} holds no captions. Give a file of captions.")
     found = [(said, truths.of(said) if truths else None) for said in told]
     lacking = [place(said) for said, truth in found if truth is None or not truth.events]
-    if (lacking and judged) or not found:
+    if lacking and judged:
         raise KokaneeError(
             f"{len(lacking)} of {len(found)} captions of {data.captions} are of something that has no events in "
             f"{data.events}{', such as ' * bool(lacking)}{', '.join(lacking[:3])}. Make events of all captions "

@@ -20,7 +20,7 @@ from kokanee.captions import Decoding
 from kokanee.clips import Clips, Task, open_prompt
 from kokanee.errors import KokaneeError
 from kokanee.events import Counts, Verdict, rates, repetition_rate
-from kokanee.formats import append_jsonl, read_jsonl, write_jsonl
+from kokanee.formats import append_jsonl, drop_half_start, read_jsonl, write_jsonl
 from kokanee.generation import answers, text_of
 from kokanee.model import Kokanee
 from kokanee.pairs import Candidate
@@ -67,8 +67,8 @@ class Team:
         Goes on where the file ends. A group of which only a part was written is made again, and what is missing added.
         """
         groups = [items[at : at + size] for at in range(0, len(items), size)]
-        if self.is_main and path.is_file() and b"\n" not in path.read_bytes():
-            path.unlink()  # a writer was killed in the middle of the first record
+        if self.is_main:
+            drop_half_start(path)
         self.wait()
         done = len(read_jsonl(path)) if path.is_file() else 0
         self.wait()

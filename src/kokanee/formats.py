@@ -117,6 +117,12 @@ def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
+def drop_half_start(path: Path) -> None:
+    """Remove a file of records in which there is only half of the first one, as a killed writer leaves it."""
+    if path.is_file() and b"\n" not in path.read_bytes() and parsed(path.read_bytes()) is None:
+        path.unlink()
+
+
 def mend_end(path: Path) -> None:
     """End the last line of a file of records; where it is no JSON, a writer that was killed left it, and it is cut off.
 

@@ -74,7 +74,7 @@ def run_mrdpo(recipe: MrdpoRecipe, folder: Path, report: Progress) -> list[dict[
 
 @dataclass
 class Rounds(Run[MrdpoRecipe]):
-    """A run of mrDPO under way."""
+    """A run of mrDPO under way; `model` is merged up to the last round."""
 
     def place(self, number: int) -> Path:
         return self.folder / f"round-{number:02d}"
@@ -88,7 +88,7 @@ def opened(recipe: MrdpoRecipe, folder: Path, report: Progress) -> Rounds:
     if recipe.loss in WITH_PAIRS and recipe.samples * len(recipe.temperatures) < 2:
         raise KokaneeError("samples: 1 at one temperature gives no pairs. Give 2 or more samples.")
     sources = (recipe.data.train, recipe.data.validation)
-    model, processor = model_of(recipe, recipe.model, sources, team)
+    model, processor = model_of(recipe, recipe.model, sources, device_of(team.state))
     clips = clips_of(recipe, folder, model, processor, sources[0], "train")
     validation = clips_of(recipe, folder, model, processor, sources[1], "validation")
     cast(model, getattr(torch, recipe.dtype))
@@ -105,6 +105,7 @@ def opened(recipe: MrdpoRecipe, folder: Path, report: Progress) -> Rounds:
     check_adapted(recipe, model)
     start = start_of(model, processor, {"train": clips, "validation": validation})
     claim(folder, recipe, start, begun=(run.place(0).name, MEDIA), free=FREE_IN_ROUNDS, brought=(REPLIES,))
+    team.wait()  # nobody is writing the state any more
     if team.is_main:
         remove_unfinished(folder)  # only now: the folder is the run's
     team.wait()  # before anybody writes

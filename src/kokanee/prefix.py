@@ -23,7 +23,7 @@ from kokanee.model import Kokanee
 from kokanee.prompt import IGNORED
 
 PADDING = -1
-MASKED_PAIRS = 2**25  # of queries and keys on an accelerator, up to which one call with a mask is faster
+MASKED_PAIRS = 2**26  # of queries and keys, of all heads, up to which an accelerator gets one call with a mask
 Sample = dict[str, torch.Tensor]
 
 
@@ -75,9 +75,9 @@ def branch_mask(segments_BL: torch.Tensor) -> torch.Tensor:
     return ((query_BL1 == key_B1L) | (key_B1L == 0))[:, None] & causal_LL
 
 
-def short_mask(segments_BL: torch.Tensor) -> torch.Tensor | None:
+def short_mask(segments_BL: torch.Tensor, heads: int) -> torch.Tensor | None:
     """The mask of sequences that are short enough for it, where they are on an accelerator."""
-    pairs = len(segments_BL) * segments_BL.shape[1] ** 2
+    pairs = heads * len(segments_BL) * segments_BL.shape[1] ** 2
     return branch_mask(segments_BL) if segments_BL.device.type != "cpu" and pairs <= MASKED_PAIRS else None
 
 
@@ -158,7 +158,7 @@ def packed_log_probs(
         position_ids=batch["position_ids"],
         use_cache=False,
         branches=branches,
-        short_mask=short_mask(batch["segments"]),
+        short_mask=short_mask(batch["segments"], model.config.text_config.num_attention_heads),
     ).last_hidden_state
     log_probs_N = token_log_probs(model.lm_head(hidden_BLD[rows_N, places_N]), targets_BL[rows_N, places_N])
     return log_probs_N, rows_N, batch["segments"][rows_N, places_N + 1]

@@ -13,7 +13,16 @@ from typing import Any
 from kokanee.clips import version_of
 from kokanee.conversations import digest
 from kokanee.errors import KokaneeError
-from kokanee.formats import alone_in, append_jsonl, differences, read_json, read_jsonl, refuse_foreign, write_json
+from kokanee.formats import (
+    alone_in,
+    append_jsonl,
+    differences,
+    drop_half_start,
+    read_json,
+    read_jsonl,
+    refuse_foreign,
+    write_json,
+)
 from kokanee.qa import Answered, Examinee, Marked, accuracy
 from kokanee.questions import Question, Video
 from kokanee.weights import fingerprint
@@ -51,8 +60,7 @@ def run(
     with alone_in(out):
         check_same(out, settings)
         path = out / ANSWERS
-        if path.is_file() and b"\n" not in path.read_bytes():
-            path.unlink()  # a run was killed in the middle of the first record
+        drop_half_start(path)
         before = {record["file"]: record for record in read_jsonl(path)} if path.is_file() else {}
         known = {video: kept(video, before.get(video.file)) for video in videos}
         found = {video: answered for video, answered in known.items() if answered is not None}

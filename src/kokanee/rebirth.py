@@ -24,22 +24,18 @@ from pydantic import BaseModel, Field, model_validator
 from kokanee.adapters import load_adapter, merge
 from kokanee.adapting import adapted, evaluated, fit, keep_adapter
 from kokanee.caption_run import Task as Asking
-from kokanee.caption_run import run as caption_files
-from kokanee.captioner import Captioner
 from kokanee.captions import Decoding, FileCaptioner
 from kokanee.checkpoints import save
-from kokanee.clips import Clips, FileData, Task, WorldClips
+from kokanee.clips import Clips, FileData, Task, WorldClips, questions_of
+from kokanee.conversations import digest
 from kokanee.defaults import Defaults, origin
 from kokanee.drafts import Team, Writer, candidates, device_of, figures, verdicts
-from kokanee.endpoint import Endpoint
 from kokanee.errors import KokaneeError, memory_said
 from kokanee.events import Counts, repetition_rate
-from kokanee.files import find
 from kokanee.formats import alone_in, read_json, remove_unfinished, write_json, write_jsonl
+from kokanee.ground_truth import read_ground_truth
 from kokanee.launch import is_main
-from kokanee.outputs import read_records
 from kokanee.preferences import Lesson, Preferences, Weights
-from kokanee.remote import TIMEOUT_S, RemoteCaptioner
 from kokanee.runs import (
     MEDIA,
     REPLIES,
@@ -57,15 +53,25 @@ from kokanee.runs import (
     team_of,
     told,
 )
+from kokanee.teaching import (
+    CAPTIONS,
+    SHARDS,
+    Teaching,
+    is_remote,
+    keep_captions,
+    said_of_files,
+    server_of,
+    teacher_of,
+    videos_in,
+)
 from kokanee.train import CHECKPOINT, LESS, STATE, claim
 from kokanee.tuning import FORBID, FREE, Source, Tuning
 from kokanee.weights import cast, fingerprint
 
 VERSION = 1
-CAPTIONS, SHARDS, VERDICTS, KEPT = "captions.jsonl", "captions", "verdicts.jsonl", "kept.jsonl"
+VERDICTS, KEPT = "verdicts.jsonl", "kept.jsonl"
 TRAIN, TRAINING, ADAPTER, BEFORE, AFTER = "train", "training.json", "adapter", "before", "after"
 FIGURES, MODEL = "metrics.json", "model"
-OPENAI = "openai:"
 
 
 class Keep(BaseModel):
@@ -124,7 +130,7 @@ class RebirthRecipe(Tuning):
 
     stage: Literal["rebirth"]
     teacher: str | None = Field(None, description="whose captions are learnt: folder or hub name, or openai:MODEL")
-    teacher_base_url: str | None = Field(None, description="the server of an openai:MODEL")
+    teaching: Teaching = Teaching()
     question: str | None = Field(
         None, description="what the teacher is asked about files; its own question if left out"
     )
@@ -136,12 +142,22 @@ class RebirthRecipe(Tuning):
     data: Data
 
     @model_validator(mode="after")
-    def _captions(self) -> RebirthRecipe:
+    def _fitting(self) -> RebirthRecipe:
         train, validation = self.data.train, self.data.validation
-        if self.teacher is None and isinstance(train, FileData) and train.captions is None:
-            raise ValueError("give a teacher, or data.train.captions")
         if isinstance(validation, FileData) and None in (validation.captions, validation.events):
             raise ValueError("data.validation needs captions and events of its videos")
+        if not isinstance(train, FileData):
+            if self.question is not None or self.teaching != Teaching() or is_remote(self.teacher or ""):
+                raise ValueError(
+                    "question, teaching and a teacher openai:MODEL are for files, not for the world's clips"
+                )
+            return self
+        if (self.teacher is None) == (train.captions is None):
+            raise ValueError("give either a teacher, or data.train.captions")
+        if self.keep.judged and (train.events is None or self.judge == "exact"):
+            raise ValueError(
+                "keep.max_error and keep.max_hall need data.train.events and a judge openai:MODEL for files"
+            )
         return self
 
 
@@ -182,26 +198,34 @@ def opened(
         check_server(recipe, begun)
     team = team_of(recipe)
     train, validation = recipe.data.train, recipe.data.validation
-    model, processor = model_of(recipe, recipe.model, (train, validation), team)
+    by_files = isinstance(train, FileData) and recipe.teacher is not None
+    device = torch.device("cpu") if by_files else device_of(team.state)  # the teacher needs the room
+    model, processor = model_of(recipe, recipe.model, (train, validation), device)
     check_adapted(recipe, model)
 
     def clips_here(data: Source, part: Part) -> Clips:
         return clips_of(recipe, folder, model, processor, data, part, judged=part == "validation")
 
-    clips = None if isinstance(train, FileData) else clips_here(train, "train")
     checked = None if validation is None else clips_here(validation, "validation")
     check_exact(recipe, (checked,))
-    by_features = recipe.teacher is not None and not isinstance(train, FileData)
-    teacher = model_of(recipe, str(recipe.teacher), (train,), team) if by_features else None
+    clips = None if by_files else clips_here(train, "train")
+    files = videos_of(recipe, train, checked) if isinstance(train, FileData) and by_files else []
+    seen = recipe.teacher is not None and not by_files
+    teacher = model_of(recipe, str(recipe.teacher), (train,), device) if seen else None
     start = start_of(model, processor, {"train": clips, "validation": checked})
     start |= {} if teacher is None else {"teacher": fingerprint(teacher[0])}
-    claim(folder, recipe, start, begun=(SHARDS, CAPTIONS, TRAIN, MEDIA, BEFORE), free=FREE, brought=(REPLIES,))
+    start |= {"videos": digest([path.as_posix() for path in files])} if files else {}
+    begins = (SHARDS, CAPTIONS, VERDICTS, KEPT, TRAIN, MEDIA, BEFORE)
+    claim(folder, recipe, start, begun=begins, free=FREE, brought=(REPLIES,))
+    team.wait()  # nobody is writing the state any more
     if team.is_main:
         remove_unfinished(folder)  # only now: the folder is the run's
     team.wait()  # before anybody writes
-    if isinstance(train, FileData) and recipe.teacher is not None:
-        train = train.model_copy(update={"captions": str(said_of_files(recipe, folder, train, team, report))})
-    clips = clips or clips_here(train, "train")
+    if isinstance(train, FileData) and by_files:
+        train = taught(recipe, train, files, folder, team, report)
+        moved: Any = model
+        moved.to(device_of(team.state))
+    clips = clips_here(train, "train") if clips is None else clips
     if not begun:
         check_files(recipe, train, "train", clips)
     run = Run(recipe, folder, model.eval(), processor, clips, checked, team, report)
@@ -211,6 +235,51 @@ def opened(
     drafts = [draft_of(task) for task in tasks] if teacher is None else said_of_world(run, teacher, tasks)
     cast(model, getattr(torch, recipe.dtype))
     return run, drafts, tasks
+
+
+def videos_of(recipe: RebirthRecipe, data: FileData, checked: Clips | None) -> list[Path]:
+    """The files that the teacher captions: all below the folder that the student is not measured by, or so many of
+    them. Raises `KokaneeError` where they, their events or questions will not do, before anything is paid for."""
+    files = videos_in(Path(data.videos), [] if checked is None else checked.files())
+    random.Random(f"{recipe.seed}/files").shuffle(files)
+    files = sorted(files[: recipe.clips])
+    check_enough(len(files), recipe, Counter())
+    if data.events:
+        read_ground_truth(Path(data.events))
+    if data.questions:
+        questions_of(Path(data.questions), [path.relative_to(data.videos).as_posix() for path in files])
+    if is_remote(str(recipe.teacher)):
+        server_of(str(recipe.teacher), recipe.teaching).check_reachable()
+    return files
+
+
+def taught(
+    recipe: RebirthRecipe, data: FileData, files: Sequence[Path], folder: Path, team: Team, report: Progress
+) -> FileData:
+    """The same data with the teacher's captions of these files, which are made where they are not there yet."""
+    there = team.share([[None]], 0, lambda _: [(folder / CAPTIONS).is_file()])[0]  # the main process decides
+    if not there:
+        dtype, alone = getattr(torch, recipe.dtype), is_remote(str(recipe.teacher))
+
+        def asking(teacher: FileCaptioner) -> Asking:
+            how = {"temperature": recipe.temperature, "top_p": recipe.top_p, "seed": recipe.seed}
+            decoding = teacher.decoding({**how, "max_new_tokens": recipe.max_new_tokens})  # pyright: ignore[reportArgumentType]
+            return Asking(recipe.question, use=recipe.teaching.use, decoding=decoding)
+
+        said_of_files(
+            lambda: teacher_of(str(recipe.teacher), recipe.teaching, device_of(team.state), dtype),
+            asking,
+            files,
+            folder,
+            team,
+            alone,
+            recipe.teaching.concurrency if alone else recipe.caption_batch,
+            lambda done, total: report("caption", done, total, {}),
+        )
+        if team.is_main:
+            keep_captions(folder, files, Path(data.videos), data.unreadable)
+        team.wait()
+    return data.model_copy(update={"captions": str(folder / CAPTIONS)})
 
 
 def draft_of(task: Task) -> dict[str, Any]:
@@ -227,75 +296,6 @@ def said_of_world(run: Run[RebirthRecipe], teacher: tuple[Any, Any], tasks: Sequ
     return writer.captions(run.folder / CAPTIONS, clips, tasks, [decoding], 1, told(run, "caption"))
 
 
-def said_of_files(recipe: RebirthRecipe, folder: Path, data: FileData, team: Team, report: Progress) -> Path:
-    """The file of the teacher's captions of all files below `data.videos`. Processes share the files, and each keeps
-    records of its own, that grow.
-
-    Raises `KokaneeError` where more files than `data.unreadable` have no caption.
-    """
-    path = folder / CAPTIONS
-    there = team.share([[None]], 0, lambda _: [path.is_file()])[0]  # the main process decides
-    if there:
-        return path
-    files = [hit.path for hit in find([data.videos], recursive=True)[0]]
-    here = not (recipe.teacher or "").startswith(OPENAI)
-    first, step = (team.state.process_index, team.state.num_processes) if here else (0, 1)
-    if here or team.is_main:
-        teacher = teacher_of(recipe, device_of(team.state))
-        how = {"temperature": recipe.temperature, "top_p": recipe.top_p, "seed": recipe.seed}
-        asked = Asking(
-            recipe.question,
-            decoding=teacher.decoding({**how, "max_new_tokens": recipe.max_new_tokens}),  # pyright: ignore[reportArgumentType]
-        )
-        mine, done = files[first::step], 0
-
-        def on_record(_: dict[str, Any]) -> None:
-            nonlocal done
-            done += 1
-            report("caption", done, len(mine), {})
-
-        caption_files(teacher, mine, folder / SHARDS / f"{first}.jsonl", asked, recipe.caption_batch, on_record)
-    team.wait()
-    if team.is_main:
-        keep_captions(path, Path(data.videos), sorted((folder / SHARDS).glob("*.jsonl")), data.unreadable)
-    team.wait()
-    return path
-
-
-def teacher_of(recipe: RebirthRecipe, device: torch.device) -> FileCaptioner:
-    """The teacher, as something that captions files."""
-    assert recipe.teacher is not None
-    if not recipe.teacher.startswith(OPENAI):
-        dtype = None if recipe.dtype == "float32" else torch.bfloat16
-        return Captioner.from_pretrained(recipe.teacher, device=device, dtype=dtype)
-    name = recipe.teacher.removeprefix(OPENAI)
-    if not name:
-        raise KokaneeError(f"teacher: {recipe.teacher} names no model. Give {OPENAI}NAME.")
-    server = Endpoint(name, recipe.teacher_base_url, concurrency=recipe.caption_batch, timeout_s=TIMEOUT_S)
-    return RemoteCaptioner(server)
-
-
-def keep_captions(path: Path, videos: Path, shards: Sequence[Path], unreadable: float) -> None:
-    """Write the captions of several files of records as one, by the names that files have below `videos`."""
-    records = [record for shard in shards for record in read_records(shard).values()]
-    lost = [record["error"] for record in records if "error" in record]
-    if len(lost) > unreadable * len(records):
-        raise KokaneeError(
-            f"{len(lost)} of {len(records)} files have no caption, such as: {lost[0]} Mend these files and start "
-            "again, or begin in another folder, without them or with a higher data.train.unreadable."
-        )
-    made = [
-        {
-            "file": Path(record["file"]).relative_to(videos).as_posix(),
-            "caption": record["captions"][0]["text"],
-            "finished": record["captions"][0]["finished"],
-        }
-        for record in records
-        if "error" not in record
-    ]
-    write_jsonl(path, sorted(made, key=lambda record: record["file"]))
-
-
 def kept(
     run: Run[RebirthRecipe], tasks: Sequence[Task], drafts: Sequence[dict[str, Any]]
 ) -> tuple[list[Lesson], dict[str, Any]]:
@@ -303,8 +303,10 @@ def kept(
     with its questions alone. And figures of the captions."""
     recipe, folder = run.recipe, run.folder
     known = [bool(task.truth.events) for task in tasks]
-    world = all(task.truth.facts is not None for task in tasks)
-    places = [place for place, events in enumerate(known) if events] if world or recipe.keep.judged else []
+    if recipe.keep.judged and not any(known):
+        raise KokaneeError("None of the clips has events to judge captions by. Give data.train.events of these files.")
+    exact = recipe.judge == "exact" and all(task.truth.facts is not None for task in tasks)
+    places = [place for place, events in enumerate(known) if events] if exact or recipe.keep.judged else []
     counts: list[Counts | None] = [None] * len(tasks)
     made: dict[str, Any] = {}
     if places:

@@ -1,13 +1,14 @@
 """`kokanee reproduce nano`: the whole method from a seed, as steps that can be stopped and continued.
 
 The steps are the recipes of `recipes/nano/` with this seed and these folders, and controls; what is run stands in
-`OUT/recipes/`, so that each step can be repeated by hand. `OUT/results.json` and `OUT/report.html` are written last.
+`OUT/recipes/`, so that each step can be repeated by hand, in `OUT`. `OUT/results.json` and `OUT/report.html` come last.
 """
 
 from __future__ import annotations
 
 import copy
 import os
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,19 +18,23 @@ import yaml
 from pydantic_core import to_jsonable_python
 
 import kokanee
+from kokanee.conversations import Mix
 from kokanee.errors import KokaneeError
 from kokanee.formats import alone_in, differences, read_json, refuse_foreign, write_json, write_text
-from kokanee.recipes import read_yaml
+from kokanee.mrdpo_recipe import MrdpoRecipe
+from kokanee.rebirth import RebirthRecipe
+from kokanee.recipes import Recipe, checked, read_yaml
 from kokanee.reproduce_report import page
 from kokanee.results import MARKED, results
+from kokanee.stages import Sizes
 from kokanee.steps import Report, Step, minutes_left, run_steps
 
 VERSION = 1
-FREE = ("device", "processes", "changed")  # settings that may change meanwhile, or stand in the recipes
-HERE = "{OUT}"
-SFT = f"{HERE}/5-sft/model"
+FREE = ("device", "processes", "without", "changed")
+"""Settings that may change meanwhile, or that stand in the recipes."""
 CONTROLS = ("dpo", "ce", "continued")
 STATE, RESULTS, PAGE, RECIPES = "state.json", "results.json", "report.html", "recipes"
+SFT = "5-sft/model"
 PRETRAINING = ("1-see", "2-hear", "3-base", "4-align", "5-sft")
 CLIPS, VALIDATION_CLIPS, EXAM_CLIPS, EXAM_SEED = 14_000, 500, 500, 7
 SHARE_CUT, VALIDATION_SHARE_CUT = 0.4, 0.3
@@ -88,23 +93,61 @@ def reproduce(settings: Settings, out: Path, report: Report, beside: Sequence[Pa
     """All steps that are not done yet, then `results.json` and `report.html`; whether anything was left to do.
 
     `beside`: folders of finished reproductions with other seeds, which the report is about as well. Raises
-    `KokaneeError` where the folder holds a reproduction with other settings, saying which, and where a step fails.
+    `KokaneeError` where the folder holds a reproduction with other settings, saying which, where a recipe is wrong, and
+    where a step fails.
     """
-    others = [read_results(folder) for folder in beside]
     recipes = recipes_of(settings)
-    sized = {name: sized_for(settings, recipe) for name, recipe in recipes.items()}
+    changed = differences(flat(recipes_of(replace(settings, changed=()))), flat(recipes))
+    others = [comparable(read_results(folder), settings, changed, folder) for folder in beside]
+    check_recipes(settings, recipes)
     with alone_in(out):
         claim(out, settings, recipes)
-        for name, recipe in sized.items():
-            write_text(out / RECIPES / f"{name}.yaml", yaml.safe_dump(placed(recipe, out), sort_keys=False))
-        steps = steps_of(settings, out)
-        done = run_steps(steps, out, THREADS, report)
+        for name, recipe in recipes.items():
+            if not begun(out, name) or not (out / RECIPES / f"{name}.yaml").is_file():
+                text = yaml.safe_dump(sized_for(settings, recipe), sort_keys=False)
+                write_text(out / RECIPES / f"{name}.yaml", text)
+        steps = steps_of(settings)
+        done = run_steps(steps, out, THREADS, device_name(settings), report)
         there = (out / RESULTS).is_file()
         if done or not there:
-            write_json(out / RESULTS, results(asdict(settings), out, steps))
+            made = {"changed": changed, "without": list(settings.without)}
+            write_json(out / RESULTS, results(asdict(settings), out, steps) | made)
         if done or not there or others or not (out / PAGE).is_file():
             write_text(out / PAGE, page([*others, read_json(out / RESULTS)]))
         return done > 0 or not there
+
+
+def begun(out: Path, step: str) -> bool:
+    """Whether a step has begun, so that its recipe stays as it is."""
+    return (out / step).exists() or (step == "model" and (out / "1-see").exists())
+
+
+def check_recipes(settings: Settings, recipes: dict[str, dict[str, Any]]) -> None:
+    """Raise `KokaneeError` that names each wrong setting, before anything is begun."""
+    kinds = {"model": Sizes, "6-mrdpo": MrdpoRecipe, "7-rebirth": RebirthRecipe}
+    kinds |= {"dpo": MrdpoRecipe, "ce": MrdpoRecipe, "continued": RebirthRecipe}
+    for name, recipe in recipes.items():
+        made = checked(kinds.get(name, Recipe), sized_for(settings, recipe), name)
+        if isinstance(made, Recipe) and made.stage == "conversations":
+            checked(Mix, made.data, f"{name}, data")
+
+
+def device_name(settings: Settings) -> str:
+    """What the steps are computed on."""
+    if settings.device != "gpu":
+        return f"{os.cpu_count()} cores, {platform.machine()}"
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def comparable(found: dict[str, Any], settings: Settings, changed: list[str], folder: Path) -> dict[str, Any]:
+    """Results that can be in one report with those of these settings. Raises `KokaneeError` where they cannot."""
+    if found["seed"] == settings.seed or found["quick"] != settings.quick or found["changed"] != changed:
+        raise KokaneeError(
+            f"{folder} has the same seed or other settings than this reproduction. Give folders with other seeds alone."
+        )
+    return found
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -116,20 +159,23 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 def claim(out: Path, settings: Settings, recipes: dict[str, dict[str, Any]]) -> None:
     """Make the folder this reproduction's, or raise `KokaneeError` with what differs where it holds another one's. It
-    may go on with other processes or on another device, from one step to the next."""
+    may go on with other processes or on another device, without a control or with it, and steps that have not begun may
+    have other recipes."""
     refuse_foreign(out, STATE)
     chosen = {name: value for name, value in to_jsonable_python(settings).items() if name not in FREE}
     known, state = out / STATE, {"version": VERSION, "settings": chosen, "recipes": recipes}
-    if not known.is_file():
-        write_json(known, state)
-        return
-    before = read_json(known)
-    differing = differences(before["settings"], chosen) or differences(*map(flat, (before["recipes"], recipes)))
-    if differing:
-        raise KokaneeError(
-            f"{out} holds a reproduction with other settings ({'; '.join(differing)}). Continue with the old ones, or "
-            "choose another folder."
-        )
+    if known.is_file():
+        before = read_json(known)
+        old = {name: recipe for name, recipe in before["recipes"].items() if begun(out, name)}
+        now = {name: recipes.get(name, recipe) for name, recipe in old.items()}
+        differing = differences(before["settings"], chosen) or differences(flat(old), flat(now))
+        if differing:
+            raise KokaneeError(
+                f"{out} holds a reproduction with other settings ({'; '.join(differing)}). Continue with the old ones, "
+                "or choose another folder."
+            )
+        state["recipes"] = before["recipes"] | recipes
+    write_json(known, state)
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
@@ -152,8 +198,8 @@ def shipped_recipes() -> Path:
 
 
 def recipes_of(settings: Settings) -> dict[str, dict[str, Any]]:
-    """The settings of each training step and control, and of the fresh model's sizes; names of what other steps leave
-    begin with `HERE`."""
+    """The settings of each training step and control, and of the fresh model's sizes; what other steps leave is named
+    by where it is in the folder of the reproduction."""
     if settings.model != "nano":
         raise KokaneeError(f"There is no reproduction of {settings.model!r}. Give nano.")
     found = {path.stem: read_yaml(path) for path in sorted(shipped_recipes().glob("*.yaml"))}
@@ -162,25 +208,28 @@ def recipes_of(settings: Settings) -> dict[str, dict[str, Any]]:
         recipe["seed"] = recipe.get("seed", 0) + SEEDS_APART * settings.seed
         if name == "model":
             continue
-        recipe["model"] = f"{HERE}/{models[name]}/model" if name in models else settings.start or SFT
+        recipe["model"] = f"{models[name]}/model" if name in models else settings.start or SFT
         for part in ("train", "validation") if "data" in recipe else ():
-            features = f"{HERE}/features/{part}"
+            features = f"features/{part}"
             if isinstance(recipe["data"][part], dict):
                 recipe["data"][part] = {"features": features, "seed": settings.seed}
             else:
                 recipe["data"] |= {part: features, "seed": settings.seed}
         for key, value in QUICK[name].items() if settings.quick else ():
             change(found, name, key, copy.deepcopy(value))
-    found["1-see"]["model"] = f"{HERE}/{RECIPES}/model.yaml"
-    found["7-rebirth"]["teacher"] = f"{HERE}/6-mrdpo/model"
+    found["1-see"]["model"] = f"{RECIPES}/model.yaml"
+    found["7-rebirth"]["teacher"] = "6-mrdpo/model"
+    for step, key, value in settings.changed:
+        if step not in CONTROLS:
+            change(found, step, key, value)
     found["dpo"] = copy.deepcopy(found["6-mrdpo"]) | {"loss": "dpo", "rounds": 1}
     found["ce"] = copy.deepcopy(found["6-mrdpo"]) | {"loss": "ce"}
     found["continued"] = copy.deepcopy(found["7-rebirth"]) | {"teacher": None}
-    left_out = (*PRETRAINING, "model", *settings.without) if settings.start else settings.without
-    found = {name: recipe for name, recipe in found.items() if name not in left_out}
     for step, key, value in settings.changed:
-        change(found, step, key, value)
-    return found
+        if step in CONTROLS:
+            change(found, step, key, value)
+    left_out = (*PRETRAINING, "model", *settings.without) if settings.start else settings.without
+    return {name: recipe for name, recipe in found.items() if name not in left_out}
 
 
 def sized_for(settings: Settings, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -200,13 +249,6 @@ def sized_for(settings: Settings, recipe: dict[str, Any]) -> dict[str, Any]:
     return recipe | sizes
 
 
-def placed(value: Any, out: Path) -> Any:
-    """Settings with the folder of the reproduction in the place of `HERE`."""
-    if isinstance(value, dict):
-        return {name: placed(one, out) for name, one in value.items()}
-    return value.replace(HERE, str(out.resolve())) if isinstance(value, str) else value
-
-
 def change(recipes: dict[str, dict[str, Any]], step: str, key: str, value: Any) -> None:
     """Replace a setting of a step's recipe; `key` may be a path such as pairs.min_gap."""
     if step not in recipes:
@@ -220,27 +262,27 @@ def change(recipes: dict[str, dict[str, Any]], step: str, key: str, value: Any) 
     place[last] = value
 
 
-def steps_of(settings: Settings, out: Path) -> list[Step]:
-    """The steps in order, with about how long each takes on two cores."""
-    encoders = settings.start or str(out / "2-hear" / "model")
-    sft = settings.start or str(out / "5-sft" / "model")
+def steps_of(settings: Settings) -> list[Step]:
+    """The steps in order, with about how long each takes on two cores; paths are inside the reproduction's folder."""
+    encoders, sft = settings.start or "2-hear/model", settings.start or SFT
     clips, validation, exam = CLIPS, VALIDATION_CLIPS, EXAM_CLIPS
     if settings.quick:
         clips, validation, exam = QUICK_CLIPS, QUICK_CLIPS // 4, QUICK_EXAM_CLIPS
 
     def training(name: str, title: str, minutes: float) -> Step:
-        return Step(name, title, (("train", str(out / RECIPES / f"{name}.yaml"), "--out", str(out / name)),), minutes)
+        return Step(name, title, (("train", f"{RECIPES}/{name}.yaml", "--out", name),), minutes)
 
     def store(part: str, count: int, share_cut: float) -> tuple[str, ...]:
-        words = ["world", "features", encoders, str(out / "features" / part), "--split", part, "--clips", str(count)]
+        words = ["world", "features", encoders, f"features/{part}", "--split", part, "--clips", str(count)]
         return (*words, "--share-cut", str(share_cut), "--seed", str(settings.seed), "--processes", str(shares))
 
     shares = min(GPU_FEATURE_PROCESSES, os.cpu_count() or 1) if settings.device == "gpu" else settings.processes
     if settings.quick:
         shares = 1
     features = (store("train", clips, SHARE_CUT), store("validation", validation, VALIDATION_SHARE_CUT))
-    first_round = ("convert", str(out / "6-mrdpo" / "round-01" / "adapter"), str(out / "gdpo"), "--base", sft)
-    made = ("world", "make", str(out / "exam"), "--clips", str(exam), "--seed", str(EXAM_SEED), "--split", "test")
+    first_round = ("convert", "6-mrdpo/round-01/adapter", "gdpo", "--base", sft)
+    made = ("world", "make", "exam", "--clips", str(exam), "--seed", str(EXAM_SEED), "--split", "test")
+    marks = marks_of(settings, sft)
     together = GPU_EXAMS if settings.device == "gpu" else settings.processes
     steps = [
         training("1-see", "Encoder pretraining: sight", 22),
@@ -256,32 +298,28 @@ def steps_of(settings: Settings, out: Path) -> list[Step]:
         training("dpo", "Control: one round of plain DPO", 9),
         training("ce", "Control: cross-entropy alone", 20),
         Step("exam", "Clips to be measured by", (made,), 3),
-        Step("marks", "Marks of all stages", marks_of(settings, out, sft), 18, together),
+        Step("marks", "Marks of all stages", tuple(marks.values()), 18, together, tuple(marks)),
     ]
     left_out = (*PRETRAINING, *settings.without) if settings.start else settings.without
     minutes = {"minutes": QUICK_MINUTES} if settings.quick else {}
     return [replace(step, **minutes) for step in steps if step.name not in left_out]
 
 
-def marks_of(settings: Settings, out: Path, sft: str) -> tuple[tuple[str, ...], ...]:
-    """The commands that measure the model of each stage."""
-    places = {
-        "base": str(out / "4-align" / "model"),
-        "sft": sft,
-        "gdpo": str(out / "gdpo"),
-        **{name: str(out / step / "model") for name, step in MARKED.items()},
-    }
-    for name in (*(["base"] if settings.start else []), *settings.without):
-        del places[name]
+def marks_of(settings: Settings, sft: str) -> dict[str, tuple[str, ...]]:
+    """The commands that measure the model of each stage, by the files that they write."""
+    places = {"base": "4-align/model", "sft": sft, "gdpo": "gdpo"}
+    places |= {name: f"{step}/model" for name, step in MARKED.items()}
+    left_out = (*(["base"] if settings.start else []), *settings.without)
     device = "cuda" if settings.device == "gpu" else "cpu"
-    return tuple(
-        ("world", "exam", str(out / "exam"), "--model", model, "--full", "--seed", "1", "--device", device)
-        + ("--out", str(out / "marks" / f"{name}.json"), "--overwrite")
+    return {
+        f"marks/{name}.json": ("world", "exam", "exam", "--model", model, "--full", "--seed", "1", "--device", device)
+        + ("--out", f"marks/{name}.json")
         for name, model in places.items()
-    )
+        if name not in left_out
+    }
 
 
 def left(settings: Settings, out: Path) -> float:
     """About how many minutes a reproduction in `out` would take yet."""
-    steps = steps_of(settings, out)
+    steps = steps_of(settings)
     return minutes_left(steps, out, steps[0])

@@ -87,7 +87,9 @@ def about(results: Results) -> str:
         "Seeds" if len(results) > 1 else "Seed": each([one.get("seed") for one in results]),
         "Began with": each(began),
         "Exam": each([f"{one['clips']} clips, seed {one['seed']}" for one in exams if one]),
-        "Machine": each([f"{one['device']}, {one['cores']} cores, torch {one['torch']}" for one in machines if one]),
+        "Machine": each([f"{one['device']}, torch {one['torch']}" for one in machines if one]),
+        "Changed": each([text for one in results for text in one.get("changed") or ()]),
+        "Left out": each([name for one in results for name in one.get("without") or ()]),
         "Took": duration(fmean(took)) + (" a seed" if len(results) > 1 else "") if took else "",
         "Made by": each([f"kokanee {one['kokanee']}" for one in results if one.get("kokanee")]),
     }
@@ -225,11 +227,16 @@ def missing(results: Results) -> list[str]:
     """Which stages are not there yet."""
     told = []
     for name in [*PIPELINE, *CONTROLS]:
-        lacking = [one for one in results if not stage(one, name) and not (name == "base" and one.get("from"))]
+        lacking = [one for one in results if not stage(one, name) and not left_out(one, name)]
         if lacking:
             seeds = ", ".join(html.escape(str(one.get("seed"))) for one in lacking)
             told.append(STAGES[name] + ("" if len(lacking) == len(results) else f" (seed {seeds})"))
     return [f"Not there yet: {', '.join(told)}."] if told else []
+
+
+def left_out(result: Mapping[str, Any], name: str) -> bool:
+    """Whether a run is to have no such stage."""
+    return name in (result.get("without") or ()) or (name == "base" and bool(result.get("from")))
 
 
 def by_round(results: Results, rounds: str, group: str, measure: str) -> list[tuple[float, float]]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import kokanee
 from kokanee.formats import read_json
-from kokanee.steps import Step, seconds_of
+from kokanee.steps import Step, ended, seconds_of
 
 VERSION = 1
 MARKED = {"dpo": "dpo", "mrdpo": "6-mrdpo", "rebirth": "7-rebirth", "ce": "ce", "continued": "continued"}
@@ -41,7 +40,7 @@ def results(settings: dict[str, Any], out: Path, steps: Sequence[Step]) -> dict[
         "seed": settings["seed"],
         "quick": settings["quick"],
         "from": settings["start"],
-        "machine": machine(settings["device"]),
+        "machine": machine(steps, out),
         "exam": {"clips": first["settings"]["clips"], "seed": exam_seed(out)},
         "annotators": figures(first["marks"][0]),
         "stages": stages,
@@ -62,12 +61,11 @@ def exam_seed(out: Path) -> int:
     return read_json(out / "exam" / "state.json")["seed"]
 
 
-def machine(device: str) -> dict[str, Any]:
-    """What the reproduction was computed on."""
-    import torch
-
-    name = torch.cuda.get_device_name() if device == "gpu" and torch.cuda.is_available() else device
-    return {"device": name, "cores": os.cpu_count(), "torch": torch.__version__, "platform": platform.machine()}
+def machine(steps: Sequence[Step], out: Path) -> dict[str, Any]:
+    """What the reproduction was computed on, in the order in which steps used it."""
+    names = {step.name for step in steps}
+    devices = dict.fromkeys(record["device"] for record in ended(out) if record["name"] in names)
+    return {"device": " and ".join(devices), "torch": version("torch")}
 
 
 def stage_of(marks: Sequence[dict[str, Any]]) -> dict[str, Any]:

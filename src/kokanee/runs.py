@@ -17,7 +17,7 @@ from peft import PeftModel
 from kokanee.checkpoints import load
 from kokanee.clips import Clips, FileClips, Task, WorldClips, WorldData
 from kokanee.defaults import Defaults, origin
-from kokanee.drafts import Team, Writer, device_of
+from kokanee.drafts import Team, Writer
 from kokanee.endpoint import Asker, Endpoint
 from kokanee.errors import KokaneeError
 from kokanee.judges import LanguageModelJudge
@@ -36,7 +36,7 @@ Settings = TypeVar("Settings", bound=Tuning)
 
 @dataclass
 class Run(Generic[Settings]):
-    """A run under way. `model` is merged up to the last round; `adapted` is the same with an adapter not merged yet."""
+    """A run under way. `adapted` is `model` with an adapter that is not merged yet."""
 
     recipe: Settings
     folder: Path
@@ -74,11 +74,13 @@ def team_of(recipe: Tuning) -> Team:
     return Team(state)
 
 
-def model_of(recipe: Tuning, name: str, sources: Sequence[Source | None], team: Team) -> tuple[Kokanee, Processor]:
+def model_of(
+    recipe: Tuning, name: str, sources: Sequence[Source | None], device: torch.device
+) -> tuple[Kokanee, Processor]:
     """A model of the run, to read clips of these kinds."""
     # Features of the world are known by the weights that made them, which are those in float32.
     precise = any(isinstance(data, WorldData) for data in sources)
-    return load(name, dtype="float32" if precise else recipe.dtype, device=device_of(team.state))
+    return load(name, dtype="float32" if precise else recipe.dtype, device=device)
 
 
 def clips_of(

@@ -7,33 +7,38 @@ that is stopped goes on with the step that was under way, and that with what its
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from kokanee.errors import KokaneeError
-from kokanee.formats import append_jsonl, read_jsonl
+from kokanee.formats import append_jsonl, drop_half_start, read_jsonl
 from kokanee.launch import FOLLOWED
 
 DONE, LOGS = "steps.jsonl", "logs"
 POLLED_S = 0.2
 LINE_EVERY_S = "5"
+TAIL = 4000  # bytes
 
 
 @dataclass(frozen=True)
 class Step:
-    """Some commands (the words after `kokanee`). together: how many of them run at once. minutes: about how long it
-    takes on the machine that was measured, to say what is left."""
+    """Some commands (the words after `kokanee`). minutes: about how long they take on the machine that was measured, to
+    say what is left. together: how many of them run at once. made: of each command the file that it writes, whole or
+    not at all; where it is there, the command is not called again."""
 
     name: str
     title: str
     commands: tuple[tuple[str, ...], ...]
     minutes: float
     together: int = 1
+    made: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,14 @@ class Told:
 Report = Callable[[Told], None]
 
 
-def run_steps(steps: Sequence[Step], folder: Path, threads: int, report: Report) -> int:
-    """Do what is not done yet; how many steps that were. `threads`: of each process.
+def run_steps(steps: Sequence[Step], folder: Path, threads: int, device: str, report: Report) -> int:
+    """Do what is not done yet, with `folder` as the working directory; how many steps that were. `threads`: of each
+    process; `device`: what to note that it ran on.
 
     `report` is called at the beginning of each step and while it is under way. Raises `KokaneeError` with what a
     command said when it failed.
     """
+    drop_half_start(folder / DONE)
     done = {record["name"] for record in ended(folder)}
     left = [step for step in steps if step.name not in done]
     for step in left:
@@ -68,67 +75,99 @@ def run_steps(steps: Sequence[Step], folder: Path, threads: int, report: Report)
 
         tell("")
         try:
-            run_commands(step, folder / LOGS / f"{step.name}.txt", threads, tell)
+            run_commands(step, folder, threads, tell)
             ended_well = True
         finally:
             seconds = round(time.monotonic() - started, 1)
-            append_jsonl(folder / DONE, [{"name": step.name, "seconds": seconds, "ended": ended_well}])
+            record = {"name": step.name, "seconds": seconds, "ended": ended_well, "device": device}
+            append_jsonl(folder / DONE, [record])
     return len(left)
 
 
-def run_commands(step: Step, log: Path, threads: int, tell: Callable[[str], None]) -> None:
+def run_commands(step: Step, folder: Path, threads: int, tell: Callable[[str], None]) -> None:
     """Run the commands of a step. Raises `KokaneeError` for the first that fails, when none is under way any more."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    waiting, under_way, failed = list(step.commands), [], []
-    with log.open("a", encoding="utf-8") as file:
-        try:
-            while waiting or under_way:
-                while waiting and len(under_way) < step.together and not failed:
-                    under_way.append(begun(waiting.pop(0), file, threads))
-                time.sleep(POLLED_S)
-                over = [process for process in under_way if process.poll() is not None]
-                under_way = [process for process in under_way if process not in over]
-                failed += [process for process in over if process.returncode]
-                if failed:
-                    waiting.clear()
-                tell(last_line(log))
-        finally:
-            for process in under_way:
-                process.terminate()
-            for process in under_way:
-                process.wait()
+    waiting = [Command(words, folder, step.name, number) for number, words in enumerate(step.commands, 1)]
+    waiting = [one for one, file in zip_longest(waiting, step.made) if not (file and (folder / file).is_file())]
+    under_way: list[Command] = []
+    failed: list[Command] = []
+    try:
+        while waiting or under_way:
+            while waiting and len(under_way) < step.together and not failed:
+                under_way.append(waiting.pop(0).begin(threads))
+            time.sleep(POLLED_S)
+            over = [command for command in under_way if command.code is not None]
+            under_way = [command for command in under_way if command not in over]
+            failed += [command for command in over if command.code]
+            if failed:
+                waiting.clear()
+            if under_way:
+                tell(under_way[-1].last_line())
+    finally:
+        for command in under_way:
+            command.stop()
     if failed:
-        raise KokaneeError(f"{step.name}: {error_in(log)} What else it said is in {log}.")
+        raise KokaneeError(f"{step.name}: {failed[0].error()} What else it said is in {failed[0].log}.")
 
 
-def begun(command: Sequence[str], log: Any, threads: int) -> subprocess.Popen[bytes]:
-    """A process that runs `kokanee COMMAND`, and ends when this one does."""
-    log.write(f"$ kokanee {' '.join(command)}\n")
-    log.flush()
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "KOKANEE_LINE_EVERY_S": LINE_EVERY_S}
-    env[FOLLOWED] = str(os.getpid())
-    words = [sys.executable, "-m", "kokanee", *command]
-    return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
+class Command:
+    """One `kokanee` command of a step: a process with a log of its own, which ends when this process does."""
+
+    def __init__(self, words: Sequence[str], folder: Path, step: str, number: int) -> None:
+        self.words, self.folder = words, folder
+        self.log = folder / LOGS / (f"{step}.txt" if number == 1 else f"{step}-{number}.txt")
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start = 0
+
+    def begin(self, threads: int) -> Command:
+        """Start it; what it says is added to its log."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "KOKANEE_LINE_EVERY_S": LINE_EVERY_S}
+        env[FOLLOWED] = str(os.getpid())
+        with self.log.open("ab") as log:
+            log.write(f"$ {shown(self.words)}\n".encode())
+            log.flush()
+            self.start = log.tell()
+            command = [sys.executable, "-m", "kokanee", *self.words]
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env
+            )
+        return self
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code; None while it is under way."""
+        assert self.process is not None
+        return self.process.poll()
+
+    def stop(self) -> None:
+        """End it, and wait until it has ended."""
+        assert self.process is not None
+        self.process.terminate()
+        self.process.wait()
+
+    def said(self) -> str:
+        """What it has said since it began, of much the end."""
+        with self.log.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(self.start, file.tell() - TAIL))
+            return file.read().decode("utf-8", "replace")
+
+    def last_line(self) -> str:
+        """The last thing that it said."""
+        lines = [line.strip() for line in self.said().splitlines() if line.strip()]
+        return lines[-1] if lines else ""
+
+    def error(self) -> str:
+        """Why it failed."""
+        if self.code is not None and self.code < 0:
+            return f"It was ended by the signal {-self.code}; where that is 9, perhaps for want of memory."
+        _, found, told = self.said().rpartition("Error: ")
+        return told.strip() if found else f"It failed. {self.last_line()}".strip()
 
 
-def last_line(log: Path) -> str:
-    """The last line of a log, without those that say which command follows."""
-    lines = [line for line in tail(log).splitlines() if line.strip() and not line.startswith("$ ")]
-    return lines[-1].strip() if lines else ""
-
-
-def error_in(log: Path) -> str:
-    """What the last command that failed said of it."""
-    said = tail(log)
-    return said.rpartition("Error: ")[2].strip() if "Error: " in said else f"It failed. {last_line(log)}"
-
-
-def tail(log: Path, size: int = 4000) -> str:
-    """The end of a log."""
-    with log.open("rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - size))
-        return file.read().decode("utf-8", "replace")
+def shown(words: Sequence[str]) -> str:
+    """A command as one would type it."""
+    return shlex.join(["kokanee", *words])
 
 
 def ended(folder: Path) -> list[dict[str, Any]]:

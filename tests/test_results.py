@@ -1,0 +1,75 @@
+"""Laws of results: goals are reached by the numbers alone, shares and falls are worked out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kokanee.results import figures, goals, kept_share, stage_of
+
+
+def stage(total: float, sampled: float, right: float) -> dict[str, Any]:
+    return {"greedy": {"total": total}, "sampled": {"total": sampled}, "qa": {"right": right}}
+
+
+def stages(**replaced: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    made = {"sft": stage(50, 60, 94), "mrdpo": stage(30, 36, 92), "rebirth": stage(34, 36, 93)}
+    return made | {"continued": stage(49, 59, 94.5)} | replaced
+
+
+def test_the_share_that_rebirth_keeps_is_of_mrdpos_fall():
+    assert kept_share(stages()) == pytest.approx(80.0) and kept_share(stages(), "sampled") == pytest.approx(100.0)
+    assert kept_share(stages(rebirth=stage(55, 60, 94))) == pytest.approx(-25.0)
+    assert kept_share(stages(mrdpo=stage(50, 60, 94))) is None
+
+
+def test_every_goal_is_reached_at_its_bound_and_not_beyond_it():
+    assert [goal["reached"] for goal in goals(stages())] == [True] * 5
+    for replaced, lost in (
+        ({"mrdpo": stage(30.5, 36, 92)}, 0),
+        ({"mrdpo": stage(30, 36.5, 92)}, 1),
+        ({"rebirth": stage(34, 36, 92.9)}, 2),
+        ({"rebirth": stage(34.1, 36, 93)}, 3),
+        ({"rebirth": stage(34, 41, 93)}, 4),
+    ):
+        found = [goal["reached"] for goal in goals(stages(**replaced))]
+        assert not found[lost] and sum(found) >= 4 - (lost == 0)
+    assert not any(goal["reached"] for goal in goals(stages(mrdpo=stage(60, 70, 90), rebirth=stage(60, 70, 90))))
+
+
+def test_goals_tell_their_numbers_and_the_control_where_there_is_one():
+    told = [goal["told"] for goal in goals(stages())]
+    assert told[0] == "from 50.0 % to 30.0 %: 40.0 % less"
+    assert told[2] == "94.0 % after SFT, 92.0 % after mrDPO, 93.0 % after rebirth; SFT continued 94.5 %"
+    assert told[3] == "80 % kept; total error 34.0 %; SFT continued 49.0 %"
+    without = stages()
+    del without["continued"]
+    assert not any("continued" in goal["told"] for goal in goals(without))
+    assert goals(stages(mrdpo=stage(50, 36, 92)))[3]["told"].startswith("mrDPO lowered no error")
+
+
+def test_marks_become_one_flat_record():
+    marks = {
+        "rates": {"missed": 20.0, "incorrect": 3.0, "hallucinated": 2.0},
+        "hall": 5.0,
+        "total": 25.0,
+        "total_interval": [23.0, 27.0],
+        "repetition": 1.0,
+        "words": 30.0,
+        "answers": 75.0,
+        "answers_interval": [70.0, 80.0],
+        "answers_by_kind": {"colour": 50.0, "shape": 100.0},
+        "questions_by_kind": {"colour": 2, "shape": 2},
+    }
+    flat = figures(marks)
+    assert flat["missed"] == 20.0 and (flat["total_low"], flat["total_high"]) == (23.0, 27.0)
+    made = stage_of([marks, marks, {**marks, "total": 40.0}, {**marks, "total": 22.0}])
+    assert [made[group]["total"] for group in ("greedy", "sampled", "local")] == [25.0, 40.0, 22.0]
+    assert made["qa"] == {
+        "right": 75.0,
+        "low": 70.0,
+        "high": 80.0,
+        "questions": 4,
+        "by_kind": {"colour": {"right": 50.0, "questions": 2}, "shape": {"right": 100.0, "questions": 2}},
+    }
