@@ -144,3 +144,20 @@ def test_rounds_are_only_of_mrdpo_and_a_stage_is_called_by_its_name(recipe, tmp_
     assert "stage 'sound encoder'" in kk("train", "mrdpo", recipe, "--out", tmp_path / "run", code=2).stderr
     wrong = kk("train", recipe, "--out", tmp_path / "run", "--set", "stage=mrdop", code=1).stderr
     assert "no stage 'mrdop'" in wrong and "mrdpo" in wrong
+
+
+def test_rebirth_is_a_stage_that_tells_what_it_kept_and_how_the_student_is_now(tiny_checkpoint, tiny_stores, tmp_path):
+    path = tmp_path / "rebirth.yaml"
+    data = {split: {"features": folder} for split, folder in tiny_stores.items()}
+    small = {name: value for name, value in SMALL.items() if name in ("max_new_tokens", "lora", "workers", "device")}
+    settings = {"stage": "rebirth", "steps": 2, "batch_size": 1, "evaluate_batches": 1, "learning_rate": 0.01}
+    settings |= {"model": str(tiny_checkpoint), "teacher": str(tiny_checkpoint), "validation_clips": 2}
+    path.write_text(yaml.safe_dump({**small, **settings, "keep": {"cut_off": True, "min_words": 0}, "data": data}))
+    found = kk("train", "rebirth", path, "--out", tmp_path / "run")
+    assert found.stdout.count("\n| ") == 2 and "| after |" in found.stdout
+    assert "6 of 6 captions kept" in found.stderr and "validation clips" in found.stderr
+    load(tmp_path / "run" / "model")
+    again = kk("train", path, "--out", tmp_path / "run", "--set", "keep.max_words=1", code=1)
+    assert "keep: {'cut_off': True" in again.stderr and "before" in again.stderr
+    rounds = kk("train", path, "--out", tmp_path / "run", "--rounds", "2", code=2)
+    assert "only mrdpo has rounds" in rounds.stderr

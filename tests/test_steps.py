@@ -71,6 +71,14 @@ def test_a_command_whose_file_is_there_is_not_called_again(tmp_path):
     assert [path.name for path in (tmp_path / "logs").iterdir()] == ["marks-2.txt"]
 
 
+def test_a_step_that_is_to_make_more_than_it_did_is_done_again(tmp_path):
+    (tmp_path / "one.json").touch()
+    one, two = (Step("marks", "", (GOOD,) * count, 1.0, made=("one.json", "two.json")[:count]) for count in (1, 2))
+    assert run_steps([one], tmp_path, 1, "here", nothing) == 1 and run_steps([one], tmp_path, 1, "here", nothing) == 0
+    assert run_steps([two], tmp_path, 1, "here", nothing) == 1 and (tmp_path / "logs" / "marks-2.txt").is_file()
+    assert minutes_left([two], tmp_path, two) == 1.0
+
+
 def test_half_a_record_of_a_killed_writer_stops_nothing(tmp_path):
     (tmp_path / "steps.jsonl").write_text('{"name": "on')
     assert run_steps([Step("one", "", (GOOD,), 1.0)], tmp_path, 1, "here", nothing) == 1

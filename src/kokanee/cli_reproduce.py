@@ -108,17 +108,18 @@ def steps_progress() -> Iterator[Callable[[Told], None]]:
     from rich.console import Console
 
     live, said_s, name = Console(stderr=True).is_terminal, 0.0, ""
-    with bar("{task.fields[figures]}", hidden=not live) as progress:
+    with bar("{task.fields[figures]}", hidden=not live, remaining=False) as progress:
         task = progress.add_task("steps", total=None, figures="")
 
         def report(told: Told) -> None:
             nonlocal said_s, name
-            head, left = f"{told.step.name}: {told.line[:SHOWN]}", f"about {lasting(told.minutes_left)} left"
+            line, left = told.line or told.step.title, f"about {lasting(told.minutes_left)} left"
+            head = f"{told.step.name}: {line[:SHOWN]}"
             progress.update(task, completed=told.number - 1, total=told.n_steps, figures=f"{head}; {left}")
             new = told.step.name != name
             if not live and (new or time.monotonic() - said_s >= LINE_EVERY_S):
                 said_s, name = time.monotonic(), told.step.name
-                about = told.step.title if new else told.line
+                about = told.step.title if new else line
                 say(f"step {told.number} of {told.n_steps}, {told.step.name}: {about}; {left}")
 
         yield report

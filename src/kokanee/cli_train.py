@@ -145,6 +145,8 @@ def train_rebirth(settings: dict[str, Any], source: str, out: Path, command: Seq
 
     with as_worker():
         recipe = checked(RebirthRecipe, settings, source)
+        if is_main() and recipe.data.train == recipe.data.validation:
+            say("data.validation is data.train, so that the student is measured by what it has learnt.")
         with rounds_progress() as report:
             made = run_rebirth(recipe, out, report)
         if is_main():

@@ -92,18 +92,19 @@ class Lines:
             say(" ".join([f"{task.description}: {done}", *(text.format(task=task) for text in self.columns)]).rstrip())
 
 
-def bar(*more: str, hidden: bool = False) -> Any:
+def bar(*more: str, hidden: bool = False, remaining: bool = True) -> Any:
     """Progress on standard error, which leaves standard output alone: bars on a terminal, lines elsewhere. `more` are
-    templates of further columns."""
+    templates of further columns; `remaining`: whether a bar tells how long the rest will take."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
         return Lines(more, console, hidden)
-    columns = (TextColumn("{task.description}"), BarColumn(BAR_WIDTH), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(BAR_WIDTH), MofNCompleteColumn())
     return Progress(
         *columns,
+        *([TimeRemainingColumn()] if remaining else []),
         *(TextColumn(text, markup=False) for text in more),
         console=console,
         redirect_stdout=False,

@@ -63,8 +63,7 @@ def run_steps(steps: Sequence[Step], folder: Path, threads: int, device: str, re
     command said when it failed.
     """
     drop_half_start(folder / DONE)
-    done = {record["name"] for record in ended(folder)}
-    left = [step for step in steps if step.name not in done]
+    left = [step for step in steps if not is_done(step, folder)]
     for step in left:
         number, started = steps.index(step) + 1, time.monotonic()
         ended_well = False
@@ -153,8 +152,8 @@ class Command:
             return file.read().decode("utf-8", "replace")
 
     def last_line(self) -> str:
-        """The last thing that it said."""
-        lines = [line.strip() for line in self.said().splitlines() if line.strip()]
+        """The last thing that it said, no data."""
+        lines = [line.strip() for line in self.said().splitlines() if line.strip() and line[0] not in "{|"]
         return lines[-1] if lines else ""
 
     def error(self) -> str:
@@ -168,6 +167,12 @@ class Command:
 def shown(words: Sequence[str]) -> str:
     """A command as one would type it."""
     return shlex.join(["kokanee", *words])
+
+
+def is_done(step: Step, folder: Path) -> bool:
+    """Whether nothing is left to do of a step: it has ended, and what it makes is there."""
+    done = {record["name"] for record in ended(folder)}
+    return step.name in done and all((folder / file).is_file() for file in step.made)
 
 
 def ended(folder: Path) -> list[dict[str, Any]]:
@@ -190,9 +195,8 @@ def seconds_of(folder: Path) -> dict[str, float]:
 
 def minutes_left(steps: Sequence[Step], folder: Path, under_way: Step, since: float = 0.0) -> float:
     """About how many minutes are left: what steps are said to take, by how much longer or shorter they took so far."""
-    took, known = seconds_of(folder), {step.name: step.minutes for step in steps}
-    done = {record["name"] for record in ended(folder)}
-    expected = sum(known.get(name, 0.0) for name in done)
-    pace = sum(took[name] for name in done) / 60 / expected if expected else 1.0
-    left = sum(step.minutes for step in steps if step.name not in done)
+    took, done = seconds_of(folder), [step for step in steps if is_done(step, folder)]
+    expected = sum(step.minutes for step in done)
+    pace = sum(took[step.name] for step in done) / 60 / expected if expected else 1.0
+    left = sum(step.minutes for step in steps) - expected
     return max(pace * left - min(since, pace * under_way.minutes), 0.0)
