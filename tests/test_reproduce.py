@@ -110,10 +110,12 @@ def test_settings_of_single_steps_can_be_replaced():
 
 def test_what_is_begun_with_or_left_out_has_no_step():
     names = {step.name for step in steps_of(Settings())}
-    assert {*PRETRAINING, *CONTROLS, "features", "6-mrdpo", "7-rebirth", "exam", "marks"} <= names
+    assert {*PRETRAINING, "features", "6-mrdpo", "7-rebirth", "controls", "exam", "marks"} <= names
     some = Settings(start="nano-sft", without=("dpo", "ce"))
     left = steps_of(some)
-    assert names - {step.name for step in left} == {*PRETRAINING, "dpo", "ce"}
+    assert names - {step.name for step in left} == set(PRETRAINING)
+    assert [step.made for step in left if step.name == "controls"] == [("continued/metrics.json",)]
+    assert "controls" not in [step.name for step in steps_of(Settings(without=tuple(CONTROLS)))]
     marked = [Path(command[command.index("--out") + 1]).stem for command in left[-1].commands]
     assert sorted(marked) == ["continued", "gdpo", "mrdpo", "rebirth", "sft"]
     assert set(recipes_of(some)) == {"6-mrdpo", "7-rebirth", "continued"}
@@ -199,7 +201,7 @@ def test_the_quick_path_is_killed_goes_on_ends_and_is_finished_then(tmp_path):
     assert done.returncode == 0, done.stderr
     steps = [record["name"] for record in read_jsonl(out / "steps.jsonl") if record["ended"]]
     assert steps == [step.name for step in steps_of(Settings(quick=True, processes=1))]
-    assert done.stdout == "" and "1-see" not in done.stderr and "step 3 of 14, features" in done.stderr
+    assert done.stdout == "" and "1-see" not in done.stderr and "step 3 of 12, features" in done.stderr
     found = read_json(out / "results.json")
     names = ["base", "sft", "dpo", "gdpo", "mrdpo", "rebirth", "ce", "continued"]
     assert [stage["name"] for stage in found["stages"]] == names and found["quick"]

@@ -32,7 +32,12 @@ from kokanee.steps import Report, Step, minutes_left, run_steps
 VERSION = 1
 FREE = ("device", "processes", "without", "changed")
 """Settings that may change meanwhile, or that stand in the recipes."""
-CONTROLS = ("dpo", "ce", "continued")
+CONTROLS = {
+    "continued": "supervised fine-tuning continued",
+    "dpo": "one round of plain DPO",
+    "ce": "rounds of cross-entropy alone",
+}
+CONTROL_MINUTES = {"continued": 13.0, "dpo": 9.0, "ce": 20.0}
 STATE, RESULTS, PAGE, RECIPES = "state.json", "results.json", "report.html", "recipes"
 SFT = "5-sft/model"
 PRETRAINING = ("1-see", "2-hear", "3-base", "4-align", "5-sft")
@@ -70,7 +75,7 @@ QUICK: dict[str, dict[str, Any]] = {
     },
 }
 """What is smaller in a quick run, in which everything is done and hardly anything is learnt."""
-QUICK_BATCH, QUICK_CLIPS, QUICK_EXAM_CLIPS, QUICK_MINUTES = 8, 64, 4, 0.25
+QUICK_BATCH, QUICK_CLIPS, QUICK_EXAM_CLIPS, QUICK_TOGETHER, QUICK_MINUTES = 8, 64, 2, 2, 0.25
 
 
 @dataclass(frozen=True)
@@ -269,8 +274,11 @@ def steps_of(settings: Settings) -> list[Step]:
     if settings.quick:
         clips, validation, exam = QUICK_CLIPS, QUICK_CLIPS // 4, QUICK_EXAM_CLIPS
 
+    def command(name: str) -> tuple[str, ...]:
+        return ("train", f"{RECIPES}/{name}.yaml", "--out", name)
+
     def training(name: str, title: str, minutes: float) -> Step:
-        return Step(name, title, (("train", f"{RECIPES}/{name}.yaml", "--out", name),), minutes)
+        return Step(name, title, (command(name),), minutes)
 
     def store(part: str, count: int, share_cut: float) -> tuple[str, ...]:
         words = ["world", "features", encoders, f"features/{part}", "--split", part, "--clips", str(count)]
@@ -283,7 +291,11 @@ def steps_of(settings: Settings) -> list[Step]:
     first_round = ("convert", "6-mrdpo/round-01/adapter", "gdpo", "--base", sft)
     made = ("world", "make", "exam", "--clips", str(exam), "--seed", str(EXAM_SEED), "--split", "test")
     marks = marks_of(settings, sft)
-    together = GPU_EXAMS if settings.device == "gpu" else settings.processes
+    together = GPU_EXAMS if settings.device == "gpu" else QUICK_TOGETHER if settings.quick else settings.processes
+    controls = [name for name in CONTROLS if name not in settings.without]
+    minutes = sum(CONTROL_MINUTES[name] for name in controls)
+    written = tuple(f"{name}/metrics.json" for name in controls)
+    runs = tuple(map(command, controls)), minutes, QUICK_TOGETHER if settings.quick else 1, written
     steps = [
         training("1-see", "Encoder pretraining: sight", 22),
         training("2-hear", "Encoder pretraining: hearing", 3),
@@ -294,15 +306,12 @@ def steps_of(settings: Settings) -> list[Step]:
         training("6-mrdpo", "Rounds of mrDPO", 49),
         Step("gdpo", "The model of the first round", (first_round,), 0.2),
         training("7-rebirth", "Rebirth tuning", 15),
-        training("continued", "Control: supervised fine-tuning continued", 13),
-        training("dpo", "Control: one round of plain DPO", 9),
-        training("ce", "Control: cross-entropy alone", 20),
+        *([Step("controls", "Controls: " + ", ".join(CONTROLS[name] for name in controls), *runs)] if controls else []),
         Step("exam", "Clips to be measured by", (made,), 3),
         Step("marks", "Marks of all stages", tuple(marks.values()), 18, together, tuple(marks)),
     ]
-    left_out = (*PRETRAINING, *settings.without) if settings.start else settings.without
-    minutes = {"minutes": QUICK_MINUTES} if settings.quick else {}
-    return [replace(step, **minutes) for step in steps if step.name not in left_out]
+    steps = [step for step in steps if not (settings.start and step.name in PRETRAINING)]
+    return [replace(step, minutes=QUICK_MINUTES) for step in steps] if settings.quick else steps
 
 
 def marks_of(settings: Settings, sft: str) -> dict[str, tuple[str, ...]]:
