@@ -103,6 +103,13 @@ def test_a_run_that_is_stopped_anywhere_ends_with_the_same_weights(recipe, tmp_p
     assert run_rebirth(recipe(), tmp_path / "often", quiet)["after"] == made["after"]
 
 
+def test_a_run_in_bfloat16_that_recomputes_activations_learns_without_complaints(recipe, tmp_path, recwarn):
+    made = run_rebirth(recipe(dtype="bfloat16", gradient_checkpointing=True), tmp_path, quiet)
+    assert made["training"]["loss"] > 0 and made["after"]["greedy"]["total"] > 0
+    assert load(tmp_path / "model")[0].dtype == torch.bfloat16
+    assert not [one for one in recwarn if "use_reentrant" in str(one.message)]
+
+
 def test_two_processes_learn_what_one_does_with_twice_the_batches(recipe, tmp_path):
     still = {"r": 4, "alpha": 8, "dropout": 0.0}
     run_rebirth(recipe(accumulate=2, evaluate_batches=2, lora=still), tmp_path / "one", quiet)

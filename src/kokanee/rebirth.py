@@ -228,12 +228,12 @@ def opened(
     clips = clips_here(train, "train") if clips is None else clips
     if not begun:
         check_files(recipe, train, "train", clips)
+    cast(model, getattr(torch, recipe.dtype))
     run = Run(recipe, folder, model.eval(), processor, clips, checked, team, report)
     numbers = list(range(len(clips)))
     random.Random(f"{recipe.seed}/clips").shuffle(numbers)
     tasks = tasks_for(run, train, "train", numbers[: recipe.clips], f"{recipe.seed}/rebirth")
     drafts = [draft_of(task) for task in tasks] if teacher is None else said_of_world(run, teacher, tasks)
-    cast(model, getattr(torch, recipe.dtype))
     return run, drafts, tasks
 
 
