@@ -151,13 +151,17 @@ def test_a_question_finds_its_file_by_any_path_and_others_are_left_alone(tiny, d
     found = data("first.mp4", "second.mp4", questions=write(tmp_path / "q.jsonl", asked))
     clips = FileClips(*tiny, found, tmp_path / "store", "What happens?")
     assert [clips.task(number, 1, "key").questions for number in (0, 1)] == [(), (("Who?", "me"),)]
+    choice = {"video": "first.mp4", "question": "What?", "options": ["A. a cat", "B. a dog"], "answer": "B"}
+    found = data("first.mp4", questions=write(tmp_path / "mc.jsonl", [choice]))
+    clips = FileClips(*tiny, found, tmp_path / "store", "What happens?")
+    assert clips.task(0, 1, "key").questions == (("What?", "a dog"),)
 
 
 @pytest.mark.parametrize(
     ("line", "told"),
     [
         ({"file": "first.mp4", "question": "Who?"}, "line 1 is no question"),
-        ({"file": "first.mp4", "question": "Who?", "answer": 3}, "line 1 is no question"),
+        ({"file": "first.mp4", "question": "Who?", "answer": ["me"]}, "line 1 is no question"),
         ({"file": "other.mp4", "question": "Who?", "answer": "me"}, "No question of .* is about a file"),
     ],
 )

@@ -31,6 +31,7 @@ from kokanee.predictions import FileNames, read_predictions
 from kokanee.prefix import Sample
 from kokanee.processor import Processor
 from kokanee.prompt import Turn
+from kokanee.questions import read_questions
 from kokanee.world.annotators import Bias, annotate
 from kokanee.world.facts import exact, facts_of
 from kokanee.world.language import write
@@ -133,7 +134,7 @@ class FileData(BaseModel):
     videos: str = Field(description="folder that the files' names start from")
     captions: str | None = Field(None, description="of people who saw them, in any form that `kokanee score` reads")
     events: str | None = Field(None, description="their events, as from `kokanee events`")
-    questions: str | None = Field(None, description='JSON lines {"file", "question", "answer"}')
+    questions: str | None = Field(None, description="about them, in any form that `kokanee qa` reads")
     prompts: tuple[str, ...] = Field((), description="requests for a caption; the checkpoint's own, if left out")
     unreadable: float = Field(0.02, ge=0, le=1, description="largest share of files that may be left out as unreadable")
 
@@ -329,22 +330,16 @@ def known_of(data: FileData, judged: bool) -> list[Known]:
 
 
 def questions_of(path: Path, files: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
-    """The questions about each of these files, with their answers.
+    """The questions about each of these files, with their answers, from any file that `kokanee qa` reads.
 
     Raises `KokaneeError` for a line that is no question, and where no question is about any of the files.
     """
     names = FileNames(files)
     found: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
-    for number, record in enumerate(read_jsonl(path), 1):
-        match record:
-            case {"file": str(file), "question": str(question), "answer": str(answer)} if question and answer:
-                same = names.same(file)
-            case _:
-                raise KokaneeError(
-                    f'{path}, line {number} is no question. Give {{"file", "question", "answer"}}, all of them texts.'
-                )
+    for asked in read_questions(path):
+        same = names.same(asked.file)
         if same is not None:
-            found[same].append((question, answer))
+            found[same].append((asked.question, asked.answer))
     if not found:
         raise KokaneeError(f"No question of {path} is about a file that has a caption. Check the files' names.")
     return dict(found)
