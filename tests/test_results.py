@@ -19,9 +19,9 @@ def stages(**replaced: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def test_the_share_that_rebirth_keeps_is_of_mrdpos_fall():
-    assert kept_share(stages()) == pytest.approx(80.0) and kept_share(stages(), "sampled") == pytest.approx(100.0)
-    assert kept_share(stages(rebirth=stage(55, 60, 94))) == pytest.approx(-25.0)
-    assert kept_share(stages(mrdpo=stage(50, 60, 94))) is None
+    assert kept_share(50, 30, 34) == pytest.approx(80.0) and kept_share(60, 36, 36) == pytest.approx(100.0)
+    assert kept_share(50, 30, 55) == pytest.approx(-25.0)
+    assert kept_share(50, 50, 34) is None and kept_share(50, 51, 34) is None
 
 
 def test_every_goal_is_reached_at_its_bound_and_not_beyond_it():

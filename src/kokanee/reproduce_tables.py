@@ -14,6 +14,7 @@ from typing import Any
 
 from kokanee.mrdpo_report import duration, known
 from kokanee.report import BARS, NAMES
+from kokanee.results import kept_share
 
 PIPELINE = {
     "base": "Visual base",
@@ -106,17 +107,15 @@ def complete(*lists: Sequence[float | None]) -> list[tuple[float, ...]]:
 
 
 def kept(results: Results) -> Figure | None:
-    """Per cent of mrDPO's fall in total error that rebirth kept; None where it is not known, or there is no fall."""
+    """Per cent of mrDPO's fall in total error that rebirth kept, by the means of the seeds; None where it is not known,
+    or there is no fall."""
     found = complete(*(values(results, name, "greedy", "total") for name in ("sft", "mrdpo", "rebirth")))
-    if not found:
+    of_all = kept_share(*map(fmean, zip(*found, strict=True))) if found else None
+    if of_all is None:
         return None
-    before, after, reborn = map(fmean, zip(*found, strict=True))
-    if after >= before:
-        return None
-    if len(found) == 1 or any(fallen >= sft for sft, fallen, _ in found):
-        return Figure(100.0 * (before - reborn) / (before - after))
-    shares = [100.0 * (sft - rebirth) / (sft - mrdpo) for sft, mrdpo, rebirth in found]
-    return Figure(100.0 * (before - reborn) / (before - after), min(shares), max(shares))
+    shares = [share for share in (kept_share(*row) for row in found) if share is not None]
+    ranged = len(found) > 1 and len(shares) == len(found)
+    return Figure(of_all, min(shares), max(shares)) if ranged else Figure(of_all)
 
 
 def change(results: Results, name: str, group: str, measure: str) -> tuple[Figure, float, float] | None:

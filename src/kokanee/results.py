@@ -102,9 +102,8 @@ def rounds(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def kept_share(stages: dict[str, dict[str, Any]], group: str = "greedy") -> float | None:
-    """Per cent of the fall in total error from SFT to mrDPO that is left after rebirth; None where none fell."""
-    sft, mrdpo, rebirth = (stages[name][group]["total"] for name in ("sft", "mrdpo", "rebirth"))
+def kept_share(sft: float, mrdpo: float, rebirth: float) -> float | None:
+    """Per cent of the fall in total error from SFT to mrDPO that is left after rebirth; None where nothing fell."""
     return 100.0 * (sft - rebirth) / (sft - mrdpo) if sft > mrdpo else None
 
 
@@ -126,7 +125,7 @@ def goals(stages: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     what = f"After rebirth, QA is within {POINTS:g} point of SFT's"
     found.append((what, answers[2] >= answers[0] - POINTS, told + beside(lambda one: one["qa"]["right"])))
     for group, name in (("greedy", "greedy"), ("sampled", "at temperature 1")):
-        share = kept_share(stages, group)
+        share = kept_share(*(one[group]["total"] for one in (sft, mrdpo, rebirth)))
         told = "mrDPO lowered no error" if share is None else f"{share:.0f} % kept"
         told += f"; total error {rebirth[group]['total']:.1f} %"
         what = f"Rebirth keeps {KEPT:g} % of mrDPO's fall in error ({name})"
