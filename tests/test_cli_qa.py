@@ -12,6 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from kokanee import cli_qa
 from kokanee.cli import Commands
 from kokanee.cli_qa import qa
 from kokanee.formats import write_json
@@ -54,7 +55,8 @@ def rows(table: str) -> dict[str, list[str]]:
     return {cells[0]: cells[1:] for cells in ([c.strip() for c in r.split("|")[1:-1]] for r in table.splitlines())}
 
 
-def test_the_table_and_scores_json_say_the_same(asked, tiny_checkpoint):
+def test_the_table_and_scores_json_say_the_same(asked, tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(cli_qa, "ENOUGH", 3)
     words = (asked / "choices.json", "--model", tiny_checkpoint, "--out", asked / "out")
     result = kk(*words)
     told, table = json.loads((asked / "out" / "scores.json").read_text()), rows(result.stdout)
@@ -67,6 +69,8 @@ def test_the_table_and_scores_json_say_the_same(asked, tiny_checkpoint):
         assert tuple(table[name]) == cells
     assert (table["how"][-1], table["who"][-1], table["overall"][-1]) == ("50.0", "25.0", "37.5")
     assert kk(*words).stdout == result.stdout == kk(*words[:-2], "--batch-size", 3).stdout
+    monkeypatch.setattr(cli_qa, "ENOUGH", 4)
+    assert rows(kk(*words).stdout)["overall"][2] == "–"  # of so few videos, no interval
     assert "way: 'letter' before, 'text' now" in kk(*words, "--by", "text", code=1).stderr
 
 
@@ -77,7 +81,17 @@ def test_questions_without_options_are_left_out_and_counted(asked, tiny_checkpoi
     result = kk(*words)
     table = rows(result.stdout)
     assert "by answer" in result.stderr and table["overall"][0] == "7" and table["overall"][-1] == "–"
-    assert table["other"][0] == "1" and table["other"][2] == "–"  # of one video, no interval
+    assert table["other"][0] == "1" and table["other"][2] == "–"
+    assert "single letter" not in result.stderr and "synthetic" not in result.stderr
+
+
+def test_what_makes_answers_worthless_is_said(asked):
+    """Options under a name that is not known, and a model that knows its world alone."""
+    one = {"video": "first.mp4", "question": "What barks?", "opts": ["a dog", "a cat"], "answer": "A"}
+    write_json(asked / "opts.json", [one, {**one, "options": []}, {**one, "answer": "a dog"}])
+    said = kk(asked / "opts.json").stderr
+    assert '2 open questions have a single letter for an answer. If they have options, call them "options"' in said
+    assert "nano: knows the synthetic world" in said
 
 
 def test_a_longer_run_goes_on_from_a_shorter_one(asked, tiny_checkpoint):

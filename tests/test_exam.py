@@ -40,6 +40,7 @@ def test_marks_of_captions_are_worked_out_by_hand():
         judge(truth, said).counts for truth, said in ((bell, "A drum beats."), (star, "There is a red star."))
     )
     assert marks.sounds_told == 0.0 and marks.words == pytest.approx((3 + 10) / 2) and marks.answers is None
+    assert mark("hand", [star], ["There is a red star."]).sounds_told is None
     told = mark("hand", [bell], ["A bell rings."])
     assert told.sounds_told == 100.0 and told.rates.missed == 50.0 and told.rates.hall == 0.0
 

@@ -70,6 +70,12 @@ def test_numbers_too_small_to_be_shown_are_nothing_and_have_no_sign():
     assert "-0.00" not in drawn and max(map(len, re.findall(r'class="left"[^>]*>([^<]*)<', drawn))) <= 5
 
 
+def test_a_scale_begins_at_nothing_where_it_is_to():
+    line = [Series("k", "k", "line", [(0, 56.0), (1, 30.0)])]
+    lowest = [re.findall(r'class="left"[^>]*>([^<]*)<', plot("t", "", line, 1, from_zero=zero))[0] for zero in (0, 1)]
+    assert float(lowest[0]) > 0 and lowest[1] == "0"
+
+
 def test_the_last_value_of_a_quiet_series_is_not_told():
     loud, quiet = Series("mean", "a", "line", [(1, 2.0)]), Series("each", "b", "dots", [(1, 1.0), (1, 3.0)], quiet=True)
     text = plot("t", "", [quiet, loud], 1)

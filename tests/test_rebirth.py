@@ -189,6 +189,17 @@ def test_too_few_captions_are_told_with_the_reasons(recipe, tmp_path):
         run_rebirth(recipe(keep={"min_words": 1000, "cut_off": True}), tmp_path, quiet)
 
 
+def test_too_few_clips_are_told_before_anything_is_begun(recipe, tmp_path):
+    for replaced, message in (
+        ({"batch_size": 9}, r"There are 6 clips, but it takes 18: 9 for one step and 9 to check by"),
+        ({"clips": 7}, r"clips: 7, but there are 6\. Lower it"),
+        ({"clips": 1}, r"There are 1 clips, but it takes 2"),
+    ):
+        with pytest.raises(KokaneeError, match=message):
+            run_rebirth(recipe(**replaced), tmp_path / "run", quiet)
+    assert run_rebirth(recipe(clips=2), tmp_path / "run", quiet)["captions"]["captions"] == 2
+
+
 @pytest.fixture
 def videos(media, tmp_path) -> Path:
     """A folder with three videos, one of them deeper, a picture, and what is no video."""
@@ -230,6 +241,8 @@ def test_videos_are_captioned_by_the_teacher_and_learnt_by_a_student_that_sees_o
 
 def test_a_file_that_was_mended_after_the_run_stopped_is_captioned(recipe, videos, media, tmp_path):
     data = {"train": {"videos": str(videos), "unreadable": 0.0}}
+    with pytest.raises(KokaneeError, match="none is no folder here"):
+        run_rebirth(recipe(data={"train": {"videos": str(tmp_path / "none")}}), tmp_path / "run", quiet)
     with pytest.raises(KokaneeError, match="1 of 4 files have no caption"):
         run_rebirth(recipe(data=data), tmp_path / "run", quiet)
     (videos / "broken.mp4").write_bytes((media / "first.mp4").read_bytes())

@@ -60,7 +60,7 @@ def test_every_seed_has_numbers_of_its_own_and_all_else_in_common():
             assert recipe["data"]["train"]["seed"] == 1
 
 
-@pytest.mark.parametrize("settings", [Settings(), Settings(quick=True), Settings(start="nano-sft", device="gpu")])
+@pytest.mark.parametrize("settings", [Settings(), Settings(quick=True), Settings(start="nano-sft", device="cuda")])
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_every_recipe_is_valid_and_has_as_many_clips_in_a_step_whatever_shares_them(settings, processes):
     recipes = recipes_of(settings)
@@ -80,6 +80,8 @@ def test_a_wrong_setting_is_told_before_anything_is_begun(tmp_path):
         reproduce(Settings(changed=(("6-mrdpo", "stepz", 1),)), tmp_path / "out", print)
     with pytest.raises(KokaneeError, match=r"5-sft, data: unknown setting 'question'"):
         reproduce(Settings(changed=(("5-sft", "data.question", 1),)), tmp_path / "out", print)
+    with pytest.raises(KokaneeError, match="no name of a model"):
+        reproduce(Settings(start=str(tmp_path / "sft")), tmp_path / "out", print)
     assert not (tmp_path / "out").exists()
 
 

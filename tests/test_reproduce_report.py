@@ -187,7 +187,7 @@ def test_answers_that_rebirth_did_not_bring_back_are_told_as_such():
     by_name["continued"]["qa"]["right"] = 90.0
     assert "did not reach" not in said([made])
     by_name["mrdpo"]["qa"]["right"] = 94.0
-    assert "mrDPO did not wear them, but rebirth cost 2.5 points." in said([made])
+    assert "mrDPO cost none, but rebirth cost 2.5 points." in said([made])
     by_name["sft"]["sampled"]["total"] = 20.0
     assert "but it did not lower that at temperature 1 from 20.0 % to 37.0 % (85.0 % more)" in said([made])
 
@@ -258,6 +258,8 @@ def test_a_run_from_a_model_does_not_wait_for_the_base():
 def test_a_quick_run_says_that_its_numbers_mean_nothing():
     assert '<p class="lost">A quick run' in page([result(quick=True)]) and "mean nothing" in page([result(quick=True)])
     assert "quick run" not in page([result()]) and "mean nothing" not in page([result()])
+    assert "Reached" in page([result()]) and "Reached" not in page([result(quick=True)])
+    assert "mrDPO lowered" in said([result()]) and "mrDPO lowered" not in said([result(quick=True)])
 
 
 def test_rebirth_goals_and_times_are_told():

@@ -25,7 +25,7 @@ from kokanee.files import is_image
 from kokanee.media import Clip, file_length_s, read_image
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing import Unpack
 
     from kokanee.caption_run import Summary
 

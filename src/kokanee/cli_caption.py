@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +28,7 @@ SUBTITLES_EVERY_S = 10.0
 NAMED = 20
 
 
-class Format(str, Enum):
+class Format(StrEnum):
     txt = "txt"
     json = "json"
     jsonl = "jsonl"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
+from string import ascii_uppercase
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
 
 HEAD = "| kind | questions | right % | 95 % interval | chance % |"
 NONE = "–"
+ENOUGH = 10  # videos, to tell how sure a share is
+LETTERS = tuple(ascii_uppercase)
 
 
-class By(str, Enum):
+class By(StrEnum):
     auto = "auto"
     answer = "answer"
     text = "text"
@@ -61,17 +64,22 @@ def qa(
 ) -> None:
     """How many questions about videos a model answers rightly, overall and by kind of question.
 
-    In per cent, with 95 % confidence intervals over videos. Videos that cannot be read are left out and counted.
+    In per cent, with 95 % confidence intervals over videos, of ten or more. Videos that cannot be read are left out
+    and counted.
     """
     replaced = dict(key_value(item) for item in set_ or [])
     if out is not None:
         check_writable(out / "scores.json")
-    from kokanee.questions import by_video, read_questions
+    from kokanee.questions import by_video, of_world, read_questions
 
     asked = read_questions(questions)
+    if letters := sum(not question.options and question.answer in LETTERS for question in asked):
+        say(f'{letters} open questions have a single letter for an answer. If they have options, call them "options".')
     folder = videos or (questions if questions.is_dir() else questions.parent)
     chosen = by_video(asked, folder)[:limit]
     captioner: Any = local_captioner(model, device, dtype, base, replaced)
+    if captioner.defaults.note and not of_world(questions):
+        say(f"{model}: {captioner.defaults.note}")
     from kokanee.qa import Examinee, answer_tokens, askable, default_way
 
     way = default_way(questions, asked) if by is By.auto else by.value
@@ -135,6 +143,6 @@ def table(found: Accuracy, without_options: int) -> list[str]:
 def row(name: str, share: Share) -> str:
     """One line of the table."""
     low, high = share.interval
-    interval = f"{low:.1f} to {high:.1f}" if share.files > 1 else NONE
+    interval = f"{low:.1f} to {high:.1f}" if share.files >= ENOUGH else NONE
     chance = NONE if share.chance is None else f"{share.chance:.1f}"
     return f"| {name} | {share.asked} | {share.percent:.1f} | {interval} | {chance} |"

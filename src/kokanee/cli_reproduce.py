@@ -33,7 +33,7 @@ def reproduce(
         str | None,
         typer.Option("--from", help="Begin with this supervised model, such as nano-sft, in place of pretraining."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, gpu, or auto: a GPU where there is one.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
     processes: Annotated[
         int | None, typer.Option(min=1, help="That share the training; 2 on a CPU, 1 on a GPU.")
     ] = None,
@@ -51,12 +51,12 @@ def reproduce(
 
     About four hours on two cores. It can be killed at any time and called again.
     """
-    from kokanee.reproduce import CONTROLS, PAGE, RESULTS, Settings, check_recipes, left, recipes_of, steps_of
+    from kokanee.reproduce import CONTROLS, PAGE, RESULTS, Settings, checked_settings, left, steps_of
     from kokanee.reproduce import reproduce as work
     from kokanee.steps import shown
 
-    if device not in ("auto", "cpu", "gpu"):
-        raise typer.BadParameter(f"there is no device {device!r}; give auto, cpu or gpu", param_hint="--device")
+    if device not in ("auto", "cpu", "cuda"):
+        raise typer.BadParameter(f"there is no device {device!r}; give auto, cpu or cuda", param_hint="--device")
     if unknown := set(without or ()) - set(CONTROLS):
         raise typer.BadParameter(f"{unknown.pop()!r} is none of {', '.join(CONTROLS)}", param_hint="--without")
     changed = []
@@ -67,12 +67,12 @@ def reproduce(
             raise typer.BadParameter(f"{item!r} is not STEP.KEY=VALUE", param_hint="--set")
         changed.append((step, name, value))
     device = device_here(device)
-    count = processes or (1 if device == "gpu" or quick else 2)
+    count = processes or (1 if device == "cuda" or quick else 2)
     if start is not None and Path(start).is_dir():
         start = str(Path(start).resolve())  # steps are done in the reproduction's own folder
     settings = Settings(model, seed, quick, start, device, count, tuple(changed), tuple(without or ()))
+    checked_settings(settings, beside or ())
     if dry_run:
-        check_recipes(settings, recipes_of(settings))
         say(f"in {out}, with recipes that are written there when it begins:")
         for step in steps_of(settings):
             for command in step.commands:
@@ -89,14 +89,14 @@ def reproduce(
 
 
 def device_here(wanted: str) -> str:
-    """cpu or gpu. Raises `KokaneeError` for a GPU that is not there."""
+    """cpu or cuda. Raises `KokaneeError` for a GPU that is not there."""
     if wanted == "cpu":
         return wanted
     import torch
 
     if torch.cuda.is_available():
-        return "gpu"
-    if wanted == "gpu":
+        return "cuda"
+    if wanted == "cuda":
         raise KokaneeError("There is no GPU that torch can use. Leave --device out, or install a torch for your GPU.")
     return "cpu"
 

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -24,7 +24,7 @@ FIGURES = ("loss", "margin", "accuracy")
 Out = Annotated[Path, typer.Option(help="Folder of the run; a stopped run goes on there.")]
 
 
-class Split(str, Enum):
+class Split(StrEnum):
     train = "train"
     validation = "validation"
     test = "test"
@@ -47,6 +47,8 @@ def train(
 ) -> None:
     """Train one stage of a recipe, such as `kokanee train mrdpo recipe.yaml`; the model is left in OUT/model."""
     path, sets = recipe[-1], list(set_ or [])
+    if str(path) in (MRDPO, REBIRTH) and not path.exists():
+        raise typer.BadParameter(f"which recipe of the stage {str(path)!r}?", param_hint="[STAGE] RECIPE")
     settings = read_settings(path, sets)
     stage = stage_of(settings, path)
     if len(recipe) > 2 or (len(recipe) == 2 and str(recipe[0]) != stage):
@@ -279,7 +281,9 @@ def take_exam(
     folder: Annotated[Path, typer.Argument(help="Clips that `kokanee world make --split test` wrote.")],
     model: Annotated[str, typer.Option(help="nano, a folder, or a hub name.")] = "nano",
     clips: Annotated[int | None, typer.Option(min=1, help="How many of the clips, by default all.")] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="Of the captions; answers are always greedy.")] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Of the captions, by default 0; answers are always greedy.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the random numbers, where the temperature is above 0.")] = 0,
     full: Annotated[
         bool, typer.Option("--full", help="Greedy, at temperature 1, and greedy every 4 seconds, in one go.")
@@ -290,6 +294,8 @@ def take_exam(
     """Caption and question clips whose truth is known, and mark what came out beside what annotators wrote."""
     from kokanee.formats import check_writable, write_json
 
+    if full and temperature is not None:
+        raise typer.BadParameter("--full has its own temperatures; leave it out", param_hint="--temperature")
     if out is not None:
         check_writable(out)
         if out.exists():
@@ -305,7 +311,7 @@ def take_exam(
         def report(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        temperatures = (0.0, 1.0) if full else (temperature,)
+        temperatures = (0.0, 1.0) if full else (temperature or 0.0,)
         every_s = EXAM_EVERY_S if full else None
         marks, captions = exam(
             loaded, processor, folder, clips, temperatures=temperatures, every_s=every_s, seed=seed, report=report
@@ -331,6 +337,7 @@ def take_exam(
         row = (rates.missed, rates.incorrect, rates.hallucinated, rates.total, mark.sounds_told, mark.repetition)
         answers = "" if mark.answers is None else f"{mark.answers:.1f}"
         name = mark.name if mark.name == "annotators" else f"{model}, {mark.name}"
-        typer.echo(f"| {name} | {' | '.join(f'{value:.1f}' for value in row)} | {mark.words:.1f} | {answers} |")
+        cells = " | ".join("–" if value is None else f"{value:.1f}" for value in (*row, mark.words))
+        typer.echo(f"| {name} | {cells} | {answers} |")
     for kind, value in marks[1].answers_by_kind.items():
         typer.echo(f"{kind}: {value:.1f}", err=True)

@@ -99,7 +99,10 @@ class Endpoint:
         if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
             raise KokaneeError(f"{self.base_url} is no address of a server. Let it begin with http:// or https://.")
         if self.base_url is None and not self.key:
-            raise KokaneeError(f"{self.key_name} is not set. Set it to your key, or name another server by --base-url.")
+            raise KokaneeError(
+                f"{self.key_name} is not set. Set it to your key, or name another server (--base-url; in a recipe "
+                "base_url)."
+            )
 
     @property
     def address(self) -> str:
@@ -228,7 +231,7 @@ class Asker:
                     raise Unanswered(f"{end.model} refuses a question: {reason}.") from error
                 if error.status < 500 and (error.status not in BUSY or NO_CREDIT in error.text):
                     raise self._refused(error) from error
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 reason = f"nothing for {end.timeout_s:g} s"
             except (aiohttp.ClientError, ValueError) as error:
                 reason = self.said(error)

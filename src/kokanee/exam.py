@@ -29,14 +29,14 @@ ANSWERING = Decoding(max_new_tokens=16)
 class Marks:
     """What came out of captions and answers.
 
-    `rates` are in per cent of the true facts, `sounds_told` of the true sounds, `repetition` of a caption's words;
-    `words` are words a caption; `answers` are right answers in per cent, None where nothing was asked. Intervals are of
-    95 % confidence: of the total error and of the answers, over clips.
+    `rates` are in per cent of the true facts, `sounds_told` of the true sounds (None where there are none),
+    `repetition` of a caption's words; `words` are words a caption; `answers` are right answers in per cent, None where
+    nothing was asked. Intervals are of 95 % confidence: of the total error and of the answers, over clips.
     """
 
     name: str
     rates: Rates
-    sounds_told: float
+    sounds_told: float | None
     repetition: float
     words: float
     answers: float | None = None
@@ -170,7 +170,7 @@ def mark(
     return Marks(
         name,
         rates(verdict.counts for verdict in verdicts),
-        100.0 * told / max(1, sounds),
+        100.0 * told / sounds if sounds else None,
         100.0 * sum(map(repetition_rate, captions)) / count,
         sum(len(caption.split()) for caption in captions) / count,
         total_interval=interval(list(by_clip.values()), lambda found: found.total),

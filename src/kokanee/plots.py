@@ -51,15 +51,17 @@ class Axes:
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
 
-def plot(title: str, unit: str, series: Sequence[Series], rounds: int, decimals: int = 1) -> str:
-    """A figure of all series that have points; nothing where none has."""
+def plot(
+    title: str, unit: str, series: Sequence[Series], rounds: int, decimals: int = 1, from_zero: bool = False
+) -> str:
+    """A figure of all series that have points; nothing where none has. With bars, or `from_zero`, y begins at 0."""
     known = [one for one in series if one.points]
     if not known:
         return ""
     bars = [one for one in known if one.drawn == "bars"]
     others = [one for one in known if one.drawn != "bars"]
     heights = [top for *_, top in stacked(bars)] + [y for one in others for _, y in one.points]
-    lowest = min(0.0, *heights) if bars else min(heights)
+    lowest = min(0.0, *heights) if bars or from_zero else min(heights)
     axes = Axes(ticks(lowest, max(heights), 10.0**-decimals), rounds, 0.5 if bars else 0.15)
     drawn = "".join([frame(axes), columns(axes, bars, decimals), *(traced(axes, one, decimals) for one in others)])
     last = [shown(one.points[-1][1], decimals) for one in known]

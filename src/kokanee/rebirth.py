@@ -210,6 +210,8 @@ def opened(
     check_exact(recipe, (checked,))
     clips = None if by_files else clips_here(train, "train")
     files = videos_of(recipe, train, checked) if isinstance(train, FileData) and by_files else []
+    if clips is not None:
+        check_clips(len(clips), recipe)
     seen = recipe.teacher is not None and not by_files
     teacher = model_of(recipe, str(recipe.teacher), (train,), device) if seen else None
     start = start_of(model, processor, {"train": clips, "validation": checked})
@@ -242,8 +244,8 @@ def videos_of(recipe: RebirthRecipe, data: FileData, checked: Clips | None) -> l
     them. Raises `KokaneeError` where they, their events or questions will not do, before anything is paid for."""
     files = videos_in(Path(data.videos), [] if checked is None else checked.files())
     random.Random(f"{recipe.seed}/files").shuffle(files)
+    check_clips(len(files), recipe)
     files = sorted(files[: recipe.clips])
-    check_enough(len(files), recipe, Counter())
     if data.events:
         read_ground_truth(Path(data.events))
     if data.questions:
@@ -333,16 +335,24 @@ def kept(
     return lessons, {**shares, "questions": sum(len(lesson.questions) for lesson in lessons), **made}
 
 
-def check_enough(n_kept: int, recipe: RebirthRecipe, dropped: Counter[str]) -> None:
+def check_clips(there: int, recipe: RebirthRecipe) -> None:
+    """Raise `KokaneeError` where there are fewer clips than the recipe says, or than one step takes."""
+    if recipe.clips is not None and recipe.clips > there:
+        raise KokaneeError(f"clips: {recipe.clips}, but there are {there}. Lower it, or give more clips.")
+    check_enough(recipe.clips or there, recipe, Counter())
+
+
+def check_enough(count: int, recipe: RebirthRecipe, dropped: Counter[str]) -> None:
     """Raise `KokaneeError` where too few captions are kept for one step and the check of it."""
     wanted = recipe.n_held_out + recipe.batch_size * recipe.processes * recipe.accumulate
-    if n_kept >= wanted:
+    if count >= wanted:
         return
-    why = f" ({', '.join(f'{count}: {reason}' for reason, count in dropped.items())})" if dropped else ""
+    why = ", ".join(f"{number}: {reason}" for reason, number in dropped.items())
+    head = f"{count} captions are kept ({why})" if dropped else f"There are {count} clips"
     raise KokaneeError(
-        f"{n_kept} captions are kept{why}, but it takes {wanted}: {wanted - recipe.n_held_out} for one step and "
-        f"{recipe.n_held_out} to check by (evaluate_batches x batch_size). Begin in another folder with more clips, "
-        "smaller batches or other rules (keep)."
+        f"{head}, but it takes {wanted}: {wanted - recipe.n_held_out} for one step and {recipe.n_held_out} to check by "
+        "(evaluate_batches x batch_size). Begin in another folder with more clips, smaller batches or other rules "
+        "(keep)."
     )
 
 

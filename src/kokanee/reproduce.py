@@ -18,6 +18,7 @@ import yaml
 from pydantic_core import to_jsonable_python
 
 import kokanee
+from kokanee.checkpoints import identify, locate
 from kokanee.conversations import Mix
 from kokanee.errors import KokaneeError
 from kokanee.formats import alone_in, differences, read_json, refuse_foreign, write_json, write_text
@@ -81,7 +82,7 @@ QUICK_BATCH, QUICK_CLIPS, QUICK_EXAM_CLIPS, QUICK_TOGETHER, QUICK_MINUTES = 8, 6
 @dataclass(frozen=True)
 class Settings:
     """What is reproduced. start: the supervised model to begin with, in place of pretraining. processes: that share the
-    training of each step. device: "cpu" or "gpu". changed: settings of single recipes, by step. without: controls that
+    training of each step. device: "cpu" or "cuda". changed: settings of single recipes, by step. without: controls that
     are left out."""
 
     model: str = "nano"
@@ -101,10 +102,7 @@ def reproduce(settings: Settings, out: Path, report: Report, beside: Sequence[Pa
     `KokaneeError` where the folder holds a reproduction with other settings, saying which, where a recipe is wrong, and
     where a step fails.
     """
-    recipes = recipes_of(settings)
-    changed = differences(flat(recipes_of(replace(settings, changed=()))), flat(recipes))
-    others = [comparable(read_results(folder), settings, changed, folder) for folder in beside]
-    check_recipes(settings, recipes)
+    recipes, changed, others = checked_settings(settings, beside)
     with alone_in(out):
         claim(out, settings, recipes)
         for name, recipe in recipes.items():
@@ -120,6 +118,20 @@ def reproduce(settings: Settings, out: Path, report: Report, beside: Sequence[Pa
         if done or not there or others or not (out / PAGE).is_file():
             write_text(out / PAGE, page([*others, read_json(out / RESULTS)]))
         return done > 0 or not there
+
+
+def checked_settings(
+    settings: Settings, beside: Sequence[Path] = ()
+) -> tuple[dict[str, dict[str, Any]], list[str], list[dict[str, Any]]]:
+    """The recipes, what they change in the shipped ones, and the results that the report is about as well. Raises
+    `KokaneeError` for what is wrong with them, before anything is begun."""
+    recipes = recipes_of(settings)
+    changed = differences(flat(recipes_of(replace(settings, changed=()))), flat(recipes))
+    others = [comparable(read_results(folder), settings, changed, folder) for folder in beside]
+    check_recipes(settings, recipes)
+    if settings.start is not None:
+        identify(locate(settings.start))
+    return recipes, changed, others
 
 
 def begun(out: Path, step: str) -> bool:
@@ -139,7 +151,7 @@ def check_recipes(settings: Settings, recipes: dict[str, dict[str, Any]]) -> Non
 
 def device_name(settings: Settings) -> str:
     """What the steps are computed on."""
-    if settings.device != "gpu":
+    if settings.device != "cuda":
         return f"{os.cpu_count()} cores, {platform.machine()}"
     import torch
 
@@ -248,7 +260,7 @@ def sized_for(settings: Settings, recipe: dict[str, Any]) -> dict[str, Any]:
     held_out = recipe["evaluate_batches"] * (batch_size if settings.quick else recipe["batch_size"])
     sizes = {"processes": settings.processes, "batch_size": batch_size}
     sizes["evaluate_batches"] = max(1, held_out // batch_size)
-    if settings.device == "gpu":
+    if settings.device == "cuda":
         sizes |= {"device": "auto", "workers": min(GPU_WORKERS, max(0, (os.cpu_count() or 1) - 2))}
         sizes |= {"caption_batch": GPU_CAPTION_BATCH} if "caption_batch" in recipe else {}
     return recipe | sizes
@@ -284,14 +296,14 @@ def steps_of(settings: Settings) -> list[Step]:
         words = ["world", "features", encoders, f"features/{part}", "--split", part, "--clips", str(count)]
         return (*words, "--share-cut", str(share_cut), "--seed", str(settings.seed), "--processes", str(shares))
 
-    shares = min(GPU_FEATURE_PROCESSES, os.cpu_count() or 1) if settings.device == "gpu" else settings.processes
+    shares = min(GPU_FEATURE_PROCESSES, os.cpu_count() or 1) if settings.device == "cuda" else settings.processes
     if settings.quick:
         shares = 1
     features = (store("train", clips, SHARE_CUT), store("validation", validation, VALIDATION_SHARE_CUT))
     first_round = ("convert", "6-mrdpo/round-01/adapter", "gdpo", "--base", sft)
     made = ("world", "make", "exam", "--clips", str(exam), "--seed", str(EXAM_SEED), "--split", "test")
     marks = marks_of(settings, sft)
-    together = GPU_EXAMS if settings.device == "gpu" else QUICK_TOGETHER if settings.quick else settings.processes
+    together = GPU_EXAMS if settings.device == "cuda" else QUICK_TOGETHER if settings.quick else settings.processes
     controls = [name for name in CONTROLS if name not in settings.without]
     minutes = sum(CONTROL_MINUTES[name] for name in controls)
     written = tuple(f"{name}/metrics.json" for name in controls)
@@ -319,9 +331,19 @@ def marks_of(settings: Settings, sft: str) -> dict[str, tuple[str, ...]]:
     places = {"base": "4-align/model", "sft": sft, "gdpo": "gdpo"}
     places |= {name: f"{step}/model" for name, step in MARKED.items()}
     left_out = (*(["base"] if settings.start else []), *settings.without)
-    device = "cuda" if settings.device == "gpu" else "cpu"
     return {
-        f"marks/{name}.json": ("world", "exam", "exam", "--model", model, "--full", "--seed", "1", "--device", device)
+        f"marks/{name}.json": (
+            "world",
+            "exam",
+            "exam",
+            "--model",
+            model,
+            "--full",
+            "--seed",
+            "1",
+            "--device",
+            settings.device,
+        )
         + ("--out", f"marks/{name}.json")
         for name, model in places.items()
         if name not in left_out

@@ -52,10 +52,12 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
     """The page of one run, or of several with other seeds. results: what their results.json hold."""
     if not results:
         raise KokaneeError("There are no results to make a page of. Give those of one seed at least.")
+    quick = any(one.get("quick") for one in results)
+    told = [*([] if quick else outcome(results)), *missing(results)]
     parts = {
         "about": about(results),
-        "quick": f'<p class="lost">{QUICK}</p>' if any(one.get("quick") for one in results) else "",
-        "outcome": "".join(f"<p>{text}</p>" for text in [*outcome(results), *missing(results)]),
+        "quick": f'<p class="lost">{QUICK}</p>' if quick else "",
+        "outcome": "".join(f"<p>{text}</p>" for text in told),
         "small": INTERVALS
         if len(results) == 1
         else f"Means of {len(results)} seeds; in small the lowest and the highest.",
@@ -65,7 +67,7 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
         "rounds": "".join(round_plots(results)) or '<p class="none">No round is finished yet.</p>',
         "kinds": kinds(results),
         "rebirth": rebirth(results),
-        "goals": goals(results),
+        "goals": '<p class="none">A quick run reaches none.</p>' if quick else goals(results),
         "times": times(results),
     }
     return filled("reproduce_report.html", parts)
@@ -86,7 +88,7 @@ def about(results: Results) -> str:
         "Model": each([one.get("model") for one in results]),
         "Seeds" if len(results) > 1 else "Seed": each([one.get("seed") for one in results]),
         "Began with": each(began),
-        "Exam": each([f"{one['clips']} clips, seed {one['seed']}" for one in exams if one]),
+        "Exam": each([f"{one['clips']} clips, the same for every seed" for one in exams if one]),
         "Machine": each([f"{one['device']}, torch {one['torch']}" for one in machines if one]),
         "Changed": each([text for one in results for text in one.get("changed") or ()]),
         "Left out": each([name for one in results for name in one.get("without") or ()]),
@@ -213,7 +215,7 @@ def regained(sft: float, mrdpo: float, rebirth: float | None) -> str:
     """What mrDPO cost and rebirth brought back, in points."""
     if mrdpo >= sft:
         lost = "" if rebirth is None or rebirth >= sft else f", but rebirth cost {sft - rebirth:.1f} points"
-        return f" mrDPO did not wear them{lost}."
+        return f" mrDPO cost none{lost}."
     text = f" mrDPO cost {sft - mrdpo:.1f} points"
     if rebirth is None:
         return f"{text}."
@@ -263,7 +265,7 @@ def round_plots(results: Results) -> list[str]:
     numbers = [one["round"] for result in results for of in ("rounds", "ce_rounds") for one in result.get(of) or ()]
     n_rounds = max(numbers, default=0) or 1
 
-    def drawn(title: str, unit: str, group: str, measure: str, decimals: int = 1) -> str:
+    def drawn(title: str, unit: str, group: str, measure: str, decimals: int = 1, from_zero: bool = True) -> str:
         lines = {of: by_round(results, of, group, measure) for of in ("rounds", "ce_rounds")}
         each = sorted(lines["rounds"] + lines["ce_rounds"]) if len(results) > 1 else []
         series = [
@@ -271,13 +273,13 @@ def round_plots(results: Results) -> list[str]:
             Series("mrDPO", "first", "line", averaged(lines["rounds"])),
             Series("cross-entropy alone", "second", "line", averaged(lines["ce_rounds"])),
         ]
-        return plot(title, unit, series, n_rounds, decimals)
+        return plot(title, unit, series, n_rounds, decimals, from_zero)
 
     return [
         drawn("Total error, greedy", "% of events", "greedy", "total"),
         drawn("Total error, temperature 1", "% of events", "sampled", "total"),
         drawn("Repetition", "% of words, greedy", "greedy", "repetition"),
-        drawn("Questions answered rightly", "%", "", "qa"),
+        drawn("Questions answered rightly", "%", "", "qa", from_zero=False),
         drawn("Length", "words a caption, greedy", "greedy", "words"),
         drawn("KL to the round's reference", "nats a caption", "", "kl", 2),
     ]

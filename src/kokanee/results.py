@@ -15,10 +15,10 @@ VERSION = 1
 MARKED = {"dpo": "dpo", "mrdpo": "6-mrdpo", "rebirth": "7-rebirth", "ce": "ce", "continued": "continued"}
 TITLES = {
     "base": "Base, audio aligned",
-    "sft": "+ SFT",
-    "dpo": "+ DPO, one round",
-    "gdpo": "+ gDPO, one round",
-    "mrdpo": "+ mrDPO",
+    "sft": "SFT",
+    "dpo": "DPO, one round",
+    "gdpo": "gDPO, one round",
+    "mrdpo": "mrDPO",
     "rebirth": "Rebirth",
     "ce": "Cross-entropy alone",
     "continued": "SFT continued",

@@ -77,6 +77,8 @@ def videos_in(folder: Path, without: Collection[Path]) -> list[Path]:
 
     Raises `KokaneeError` where there are none.
     """
+    if not folder.is_dir():
+        raise KokaneeError(f"{folder} is no folder here. Give one of videos (data.train.videos).")
     apart = {file_key(path) for path in without}
     found = [hit.path for hit in find([str(folder)], recursive=True)[0]]
     kept = [path for path in found if not is_image(path) and file_key(path) not in apart]
