@@ -259,6 +259,7 @@ def test_a_quick_run_says_that_its_numbers_mean_nothing():
     assert '<p class="lost">A quick run' in page([result(quick=True)]) and "mean nothing" in page([result(quick=True)])
     assert "quick run" not in page([result()]) and "mean nothing" not in page([result()])
     assert "Reached" in page([result()]) and "Reached" not in page([result(quick=True)])
+    assert "rebirth kept" in page([result()]) and "rebirth kept" not in page([result(quick=True)])
     assert "mrDPO lowered" in said([result()]) and "mrDPO lowered" not in said([result(quick=True)])
 
 

@@ -108,7 +108,9 @@ def complete(*lists: Sequence[float | None]) -> list[tuple[float, ...]]:
 
 def kept(results: Results) -> Figure | None:
     """Per cent of mrDPO's fall in total error that rebirth kept, by the means of the seeds; None where it is not known,
-    or there is no fall."""
+    there is no fall, or it is that of a quick run."""
+    if any(one.get("quick") for one in results):
+        return None
     found = complete(*(values(results, name, "greedy", "total") for name in ("sft", "mrdpo", "rebirth")))
     of_all = kept_share(*map(fmean, zip(*found, strict=True))) if found else None
     if of_all is None:
