@@ -203,8 +203,10 @@ def test_the_quick_path_is_killed_goes_on_ends_and_is_finished_then(tmp_path):
     assert done.returncode == 0, done.stderr
     steps = [record["name"] for record in read_jsonl(out / "steps.jsonl") if record["ended"]]
     assert steps == [step.name for step in steps_of(Settings(quick=True, processes=1))]
-    assert done.stdout == "" and "1-see" not in done.stderr and "step 3 of 12, features" in done.stderr
+    assert "1-see" not in done.stderr and "step 3 of 12, features" in done.stderr
     found = read_json(out / "results.json")
+    assert len(done.stdout.splitlines()) == 2 + len(found["stages"]) + 1
+    assert "whose numbers mean nothing" in done.stderr
     names = ["base", "sft", "dpo", "gdpo", "mrdpo", "rebirth", "ce", "continued"]
     assert [stage["name"] for stage in found["stages"]] == names and found["quick"]
     assert all(stage[group]["total"] > 0 for stage in found["stages"] for group in ("greedy", "sampled", "local"))
@@ -214,7 +216,7 @@ def test_the_quick_path_is_killed_goes_on_ends_and_is_finished_then(tmp_path):
     written = (out / "report.html").read_text()
     assert "A quick run" in written and f"{found['stages'][4]['greedy']['total']:.1f}" in written
     again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0 and "nothing was left to do" in again.stderr
+    assert again.returncode == 0 and again.stdout == done.stdout and "nothing was left to do" in again.stderr
     changed = subprocess.run([*command, "--set", "5-sft.steps=41"], capture_output=True, text=True)
     assert changed.returncode == 1 and "5-sft.steps: 40 before, 41 now" in changed.stderr
     assert yaml.safe_load((out / "recipes" / "5-sft.yaml").read_text())["steps"] == 40

@@ -11,6 +11,7 @@ import pytest
 
 from kokanee.errors import KokaneeError
 from kokanee.reproduce_report import page
+from kokanee.reproduce_tables import lines
 
 ATTACK = '</script><u>line</u><img src=x onerror=alert(1)> "quoted" <!--@stages@--> \u2028 end'
 TITLES = {
@@ -261,6 +262,16 @@ def test_a_quick_run_says_that_its_numbers_mean_nothing():
     assert "Reached" in page([result()]) and "Reached" not in page([result(quick=True)])
     assert "rebirth kept" in page([result()]) and "rebirth kept" not in page([result(quick=True)])
     assert "mrDPO lowered" in said([result()]) and "mrDPO lowered" not in said([result(quick=True)])
+
+
+def test_lines_for_a_terminal_say_what_the_page_says():
+    one = lines([result()])
+    assert "| mrDPO | 24.5 | 5.5 | 30.0 (29.0 to 31.0) | 37.0 (36.0 to 38.0) | 23.4 (22.4 to 24.4) | 3.0 |" in one[6]
+    assert one[6].endswith("| 92.0 (91.6 to 92.4) | 22.9 |") and one[8].endswith("| 94.0 (93.6 to 94.4) |  |")
+    assert len({line.count("|") for line in one}) == 1 and len(one) == 2 + len(TITLES) + 1
+    several = lines([result(0), result(1, more=4.0)])
+    assert "| mrDPO | 26.5 (24.5 to 28.5) | 5.5 (5.5 to 5.5) | 32.0 (30.0 to 34.0) |" in several[6]
+    assert len(lines([result() | {"stages": result()["stages"][:2]}])) == 2 + 2 + 1
 
 
 def test_rebirth_goals_and_times_are_told():

@@ -51,8 +51,9 @@ def reproduce(
 
     About four hours on two cores. It can be killed at any time and called again.
     """
-    from kokanee.reproduce import CONTROLS, PAGE, RESULTS, Settings, checked_settings, left, steps_of
+    from kokanee.reproduce import CONTROLS, PAGE, RESULTS, Settings, checked_settings, left, read_results, steps_of
     from kokanee.reproduce import reproduce as work
+    from kokanee.reproduce_tables import lines
     from kokanee.steps import shown
 
     if device not in ("auto", "cpu", "cuda"):
@@ -85,6 +86,10 @@ def reproduce(
         anything = work(settings, out, report, beside or ())
     if not anything:
         say(f"{out} is finished: nothing was left to do.")
+    found = [read_results(folder) for folder in (*(beside or ()), out)]
+    of = "a quick run, whose numbers mean nothing" if quick else f"{len(found)} seed{'s' * (len(found) > 1)}"
+    say(f"per cent of the true events of {found[-1]['exam']['clips']} clips; {of}")
+    typer.echo("\n".join(lines(found)))
     say(f"what came of it: {out / PAGE}, as numbers: {out / RESULTS}")
 
 

@@ -1,4 +1,5 @@
-"""Results of `kokanee reproduce` -> the bars and tables of its page, the paper's numbers beside ours.
+"""Results of `kokanee reproduce` -> the bars and tables of its page and one for a terminal, the paper's numbers beside
+ours.
 
 Results are one mapping a seed. A number is the mean of the seeds that have it; a change is that of the means of the
 seeds that have both numbers. What no seed has is "–", and a stage that no seed has come to has no row.
@@ -217,6 +218,27 @@ def stages(results: Results) -> str:
             paper = f"{PAPER[name]:.1f}{small}" if name in PAPER else "–"
             body += f'<tr><th scope="row">{title_of(results, name)}</th>{cells}<td class="paper">{paper}</td></tr>'
     return grid(heads, body, {"The paper's total": "paper"}) if body else NONE
+
+
+def lines(results: Results) -> list[str]:
+    """The stages as lines of a Markdown table: means, and the 95 % interval of one seed or the range of several."""
+    heads = ["Miss", "Hall", "Total", "Total, temperature 1", "Total, local", "repetition", "questions"]
+    columns = [COLUMNS["missed"], COLUMNS["hall"], COLUMNS["total"], ("sampled", "total"), ("local", "total")]
+    columns += [COLUMNS["Repetition"], COLUMNS["Questions"]]
+    made = [f"| {' | '.join(['stage', *heads])} | the paper's total |", "|---" * (len(heads) + 2) + "|"]
+    for name in reached(results, list(STAGES)):
+        cells = [plainly(figure(results, name, *of)) for of in columns]
+        paper = f"{PAPER[name]:.1f}" if name in PAPER else ""
+        made.append(f"| {' | '.join([STAGES[name], *cells])} | {paper} |")
+    return made
+
+
+def plainly(found: Figure | None) -> str:
+    """A number, and in brackets what it lies between, where that is known."""
+    if found is None:
+        return ""
+    between = f" ({found.low:.1f} to {found.high:.1f})" if found.low is not None and found.high is not None else ""
+    return f"{found.value:.1f}{between}"
 
 
 def changes(results: Results) -> str:
