@@ -1,11 +1,14 @@
-"""Laws of the documents: what they link to is there."""
+"""Laws of the documents: what they link to is there, and tables of a reproduction are those of its results."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+
+from kokanee.reproduce_tables import lines
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -26,3 +29,11 @@ def test_links_lead_somewhere(page):
             target = (page.parent / place).resolve() if place else page
             assert target.exists(), link
             assert not heading or heading in anchors(target), link
+
+
+def test_tables_of_a_reproduction_are_those_of_its_results():
+    page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    found = sorted((ROOT / "docs" / "reproduction").glob("*.json"))
+    assert found and all(f"reproduction/{path.name}" in page for path in found)
+    for path in found:
+        assert "\n".join(lines([json.loads(path.read_text(encoding="utf-8"))])) in page

@@ -38,7 +38,7 @@ CONTROLS = {
     "dpo": "one round of plain DPO",
     "ce": "rounds of cross-entropy alone",
 }
-CONTROL_MINUTES = {"continued": 13.0, "dpo": 9.0, "ce": 20.0}
+CONTROL_MINUTES = {"continued": 18.0, "dpo": 9.0, "ce": 20.0}
 STATE, RESULTS, PAGE, RECIPES = "state.json", "results.json", "report.html", "recipes"
 SFT = "5-sft/model"
 PRETRAINING = ("1-see", "2-hear", "3-base", "4-align", "5-sft")
@@ -315,12 +315,12 @@ def steps_of(settings: Settings) -> list[Step]:
         training("3-base", "Visual language model", 11),
         training("4-align", "Audio alignment", 1),
         training("5-sft", "Audio-visual supervised fine-tuning", 77),
-        training("6-mrdpo", "Rounds of mrDPO", 49),
+        training("6-mrdpo", "Rounds of mrDPO", 45),
         Step("gdpo", "The model of the first round", (first_round,), 0.2),
-        training("7-rebirth", "Rebirth tuning", 15),
+        training("7-rebirth", "Rebirth tuning", 20),
         *([Step("controls", "Controls: " + ", ".join(CONTROLS[name] for name in controls), *runs)] if controls else []),
-        Step("exam", "Clips to be measured by", (made,), 3),
-        Step("marks", "Marks of all stages", tuple(marks.values()), 18, together, tuple(marks)),
+        Step("exam", "Clips to be measured by", (made,), 1),
+        Step("marks", "Marks of all stages", tuple(marks.values()), 13, together, tuple(marks)),
     ]
     steps = [step for step in steps if not (settings.start and step.name in PRETRAINING)]
     return [replace(step, minutes=QUICK_MINUTES) for step in steps] if settings.quick else steps
