@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from string import ascii_uppercase
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 HEAD = "| kind | questions | right % | 95 % interval | chance % |"
 NONE = "–"
 ENOUGH = 10  # videos, to tell how sure a share is
-LETTERS = tuple(ascii_uppercase)
 
 
 class By(StrEnum):
@@ -70,10 +68,10 @@ def qa(
     replaced = dict(key_value(item) for item in set_ or [])
     if out is not None:
         check_writable(out / "scores.json")
-    from kokanee.questions import by_video, of_world, read_questions
+    from kokanee.questions import LETTERS, by_video, of_world, read_questions
 
     asked = read_questions(questions)
-    if letters := sum(not question.options and question.answer in LETTERS for question in asked):
+    if letters := sum(not question.options and question.answer in set(LETTERS) for question in asked):
         say(f'{letters} open questions have a single letter for an answer. If they have options, call them "options".')
     folder = videos or (questions if questions.is_dir() else questions.parent)
     chosen = by_video(asked, folder)[:limit]

@@ -331,20 +331,9 @@ def marks_of(settings: Settings, sft: str) -> dict[str, tuple[str, ...]]:
     places = {"base": "4-align/model", "sft": sft, "gdpo": "gdpo"}
     places |= {name: f"{step}/model" for name, step in MARKED.items()}
     left_out = (*(["base"] if settings.start else []), *settings.without)
+    how = ("--full", "--seed", "1", "--device", settings.device)
     return {
-        f"marks/{name}.json": (
-            "world",
-            "exam",
-            "exam",
-            "--model",
-            model,
-            "--full",
-            "--seed",
-            "1",
-            "--device",
-            settings.device,
-        )
-        + ("--out", f"marks/{name}.json")
+        f"marks/{name}.json": ("world", "exam", "exam", "--model", model, *how, "--out", f"marks/{name}.json")
         for name, model in places.items()
         if name not in left_out
     }
