@@ -38,7 +38,7 @@ CONTROLS = {
     "dpo": "one round of plain DPO",
     "ce": "rounds of cross-entropy alone",
 }
-CONTROL_MINUTES = {"continued": 18.0, "dpo": 9.0, "ce": 20.0}
+CONTROL_MINUTES = {"continued": 18.0, "dpo": 8.0, "ce": 22.0}
 STATE, RESULTS, PAGE, RECIPES = "state.json", "results.json", "report.html", "recipes"
 SFT = "5-sft/model"
 PRETRAINING = ("1-see", "2-hear", "3-base", "4-align", "5-sft")
