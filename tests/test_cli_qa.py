@@ -16,6 +16,7 @@ from kokanee import cli_qa
 from kokanee.cli import Commands
 from kokanee.cli_qa import qa
 from kokanee.formats import write_json
+from model_server import serving
 
 app = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
 app.command("qa")(qa)
@@ -110,8 +111,8 @@ def test_unreadable_videos_are_left_out_counted_and_named(asked, tiny_checkpoint
     (asked / "second.mp4").write_text("no video")
     result = kk(asked / "choices.json", "-m", tiny_checkpoint, "-o", asked / "out", code=1)
     table = rows(result.stdout)
-    assert table["overall"][0] == "4" and table["left out: unreadable videos (1)"][0] == "2"
-    assert "1 of 3 videos cannot be read, and their 2 questions are left out" in result.stderr
+    assert table["overall"][0] == "4" and table["left out: videos without answers (1)"][0] == "2"
+    assert "1 of 3 videos have no answers, and their 2 questions are left out" in result.stderr
     assert "second.mp4" in result.stderr
     for name in ("first.mp4", "silent.mp4"):
         (asked / name).write_text("no video")
@@ -123,6 +124,17 @@ def test_videos_may_lie_elsewhere(asked, tiny_checkpoint, tmp_path_factory):
     shutil.copy(asked / "choices.json", folder / "q.json")
     assert "None of the 3 videos is in" in kk(folder / "q.json", "-m", tiny_checkpoint, code=1).stderr
     assert rows(kk(folder / "q.json", "-m", tiny_checkpoint, "--videos", asked).stdout)["overall"][0] == "6"
+
+
+def test_a_server_can_be_asked(asked):
+    with serving(lambda request: "B.") as (server, url):
+        words = (asked / "choices.json", "--model", "openai:m", "--base-url", url, "--set", "max_frames=2")
+        result = kk(*words, "--out", asked / "out", "--batch-size", 3)
+        assert kk(*words, "--out", asked / "out").stdout == result.stdout and len(server.requests) == 6
+    assert rows(result.stdout)["overall"] == ["6", "100.0", "–", "37.5"]
+    assert "openai:m: 6 questions about 3 videos, by letter" in result.stderr
+    state = json.loads((asked / "out" / "state.json").read_text())
+    assert state["model"] == "openai:m" and state["processor"]["max_frames"] == 2 and "weights" not in state
 
 
 @pytest.mark.parametrize(
@@ -138,6 +150,13 @@ def test_videos_may_lie_elsewhere(asked, tiny_checkpoint, tmp_path_factory):
         (["{a}/choices.json", "--out", "{a}/first.mp4"], 1, "cannot be written"),
         (["{a}/choices.json", "--out", "{a}"], 1, "holds other files"),
         (["{a}/choices.json", "--model", "{a}/none"], 1, "no name of a model"),
+        (
+            ["{a}/choices.json", "--model", "openai:m", "--base-url", "http://a", "--by", "text"],
+            1,
+            "how likely options",
+        ),
+        (["{a}/choices.json", "--model", "openai:m", "--dtype", "bfloat16"], 2, "says nothing about a server's model"),
+        (["{a}/choices.json", "--base-url", "http://a"], 2, "is no model of a server"),
     ],
 )
 def test_mistakes_are_one_message(asked, tiny_checkpoint, words, code, reason):

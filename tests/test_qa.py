@@ -12,14 +12,16 @@ import torch
 
 from kokanee.captions import Decoding
 from kokanee.clips import watch
+from kokanee.endpoint import Endpoint
 from kokanee.errors import KokaneeError
 from kokanee.exam import answers
 from kokanee.prompt import IGNORED, Turn
 from kokanee.qa import (
     SENTENCE,
     Answered,
-    Examinee,
     Marked,
+    ModelExaminee,
+    ServedExaminee,
     accuracy,
     askable,
     default_way,
@@ -28,6 +30,8 @@ from kokanee.qa import (
     lettered,
 )
 from kokanee.questions import Question, Video, by_video
+from kokanee.remote import FrameSettings, RemoteCaptioner
+from model_server import serving, status
 
 FILES = ("first.mp4", "sound.wav", "silent.mp4")
 OPTIONS = ("a dog", "a very large brown dog", "nobody")
@@ -94,7 +98,7 @@ def test_the_letters_are_those_of_the_options_and_only_their_first_token_counts(
     question = asked()[0]
     assert lettered(question) == f"What barks?\nA. a dog\nB. a very large brown dog\nC. nobody\n{SENTENCE}"
     model, processor = tiny
-    sample = Examinee(model, processor, "letter").packed(watch(model, processor, media / "first.mp4"), question)
+    sample = ModelExaminee(model, processor, "letter").packed(watch(model, processor, media / "first.mp4"), question)
     assert processor.tokenizer.decode(sample["labels"][sample["labels"] != IGNORED]) == "ABC"
 
 
@@ -107,7 +111,9 @@ def test_answers_are_those_of_the_exam(tiny, media):
     told = [
         replace(question, answer=f" {text.upper()} ", options=()) for question, text in zip(asked(), said, strict=True)
     ]
-    assert all(one.right for found in Examinee(*tiny, "answer").each(by_video(told, media)) for one in found.answers)
+    assert all(
+        one.right for found in ModelExaminee(*tiny, "answer").each(by_video(told, media)) for one in found.answers
+    )
 
 
 @pytest.mark.parametrize("way", ["answer", "text", "letter"])
@@ -239,3 +245,48 @@ def by_video_of(questions: list[Question]) -> list[Video]:
 
 def test_names_are_found_as_everywhere(media):
     assert [video.path.name for video in by_video([Question("first", "What?", "x")], media)] == ["first.mp4"]
+
+
+def last_text(request) -> str:
+    """What a server was asked, after all that it was shown."""
+    return request["messages"][0]["content"][-1]["text"]
+
+
+def served(url: str, way="letter", batch_size=1) -> ServedExaminee:
+    endpoint = Endpoint("m", url, wait_s=0.01, attempts=2)
+    return ServedExaminee(RemoteCaptioner(endpoint, FrameSettings(max_frames=2)), way, batch_size)
+
+
+def test_a_server_is_asked_the_same_words_and_what_it_says_is_marked(media):
+    replies = {"What barks?": "(a) A dog.", "Is it loud?": "B"}  # right, by its letter and text; wrong
+    for way, size in (("letter", 1), ("letter", 4), ("answer", 1)):
+        with serving(lambda request: replies[last_text(request).split("\n")[0]]) as (server, url):
+            found = {one.video.file: one for one in served(url, way, size).each(by_video(asked(), media))}
+        assert [[one.right for one in found[file].answers] for file in FILES] == [[True, False]] * 3
+        assert [one.said for one in found["first.mp4"].answers] == list(replies.values())
+        words = [lettered(question) if way == "letter" else question.question for question in asked()]
+        assert sorted(map(last_text, server.requests)) == sorted(words)
+        assert all(one.log_probs == () for answered in found.values() for one in answered.answers)
+
+
+def test_equal_questions_are_asked_once_and_all_marked(media):
+    question = asked(["silent.mp4"])[0]
+    with serving(lambda request: "a dog") as (server, url):
+        (found,) = served(url, "answer").each(by_video([question, question, replace(question, kind="other")], media))
+    assert [one.right for one in found.answers] == [True] * 3 and len(server.requests) == 1
+
+
+def test_a_video_with_a_question_that_has_no_answer_has_none(media, tmp_path):
+    (tmp_path / "broken.mp4").write_text("no video")
+    files = [*(str(media / file) for file in FILES), "broken.mp4"]
+    with serving(lambda request: "A") as (server, url):
+        server.trouble = [status(200), status(400)]  # the first question gets nothing of use, then is refused
+        found = list(served(url).each(by_video(asked(files), tmp_path)))
+    assert [bool(one.error) for one in found] == [True, False, False, True]
+    assert "refuses a question" in found[0].error and "broken.mp4" in found[3].error
+    assert accuracy(found).lost == 4 and accuracy(found).overall.right == 4
+
+
+def test_a_server_is_not_asked_for_log_probabilities():
+    with pytest.raises(KokaneeError, match="does not tell how likely options are"):
+        served("http://localhost:1", "text")

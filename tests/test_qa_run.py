@@ -8,11 +8,14 @@ from dataclasses import replace
 
 import pytest
 
+from kokanee.endpoint import Endpoint
 from kokanee.errors import KokaneeError
 from kokanee.formats import read_jsonl
-from kokanee.qa import Examinee
+from kokanee.qa import ModelExaminee, ServedExaminee
 from kokanee.qa_run import run, settings_of
 from kokanee.questions import Question, by_video
+from kokanee.remote import RemoteCaptioner
+from model_server import serving, status
 
 QUESTIONS = [
     Question(file, text, options[0], kind, options)
@@ -34,7 +37,7 @@ def videos(media, tmp_path):
 
 @pytest.fixture
 def examinee(tiny):
-    return Examinee(*tiny, "text", 2)
+    return ModelExaminee(*tiny, "text", 2)
 
 
 def begin(examinee, videos, out, **more):
@@ -63,7 +66,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(examinee, videos):
 def test_a_run_that_is_done_computes_nothing_and_says_the_same(examinee, videos, monkeypatch):
     first = begin(examinee, videos, videos / "out")
     before = {path.name: path.read_text() for path in (videos / "out").iterdir()}
-    monkeypatch.setattr(Examinee, "marked", None)
+    monkeypatch.setattr(ModelExaminee, "marked", None)
     assert begin(examinee, videos, videos / "out") == first
     assert {path.name: path.read_text() for path in (videos / "out").iterdir()} == before
 
@@ -126,3 +129,21 @@ def test_other_settings_are_refused_and_named(examinee, videos, tiny_model):
 def test_a_folder_of_something_else_is_refused(examinee, videos):
     with pytest.raises(KokaneeError, match="holds other files"):
         begin(examinee, videos, videos)
+
+
+def test_a_server_is_asked_only_what_is_missing(videos):
+    with serving(lambda request: "A") as (server, url):
+        examinee = ServedExaminee(RemoteCaptioner(Endpoint("m", url, wait_s=0.01)), "letter", 1)
+        whole = begin(examinee, videos, videos / "whole")
+        server.trouble = [status(401)] * 3  # all of the first video, and one question about the second
+        found = begin(examinee, videos, videos / "part")
+        assert [bool(one.error) for one in found] == [True, True, False] and "401" in found[0].error
+        server.requests.clear()
+        assert begin(examinee, videos, videos / "part") == whole and len(server.requests) == 4
+        assert begin(examinee, videos, videos / "part") == whole and len(server.requests) == 4
+        assert all(one.right for found in whole for one in found.answers)
+        moved = ServedExaminee(RemoteCaptioner(Endpoint("m", f"{url}/elsewhere")), "letter", 1)
+        assert begin(moved, videos, videos / "part") == whole
+        other = ServedExaminee(RemoteCaptioner(Endpoint("n", url)), "letter", 1)
+        with pytest.raises(KokaneeError, match="model: 'openai:m' before, 'openai:n' now"):
+            begin(other, videos, videos / "part")

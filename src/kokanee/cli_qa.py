@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kokanee.cli_caption import NAMED, Base, Device, Dtype, Set, local_captioner
+from kokanee.cli_caption import (
+    NAMED,
+    OPENAI,
+    Base,
+    BaseUrl,
+    Device,
+    Dtype,
+    Set,
+    check_model,
+    local_captioner,
+    remote_captioner,
+)
 from kokanee.console import bar, key_value, say
 from kokanee.errors import KokaneeError
 from kokanee.formats import check_writable
@@ -16,7 +27,8 @@ from kokanee.formats import check_writable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kokanee.qa import Accuracy, Answered, Examinee, Share
+    from kokanee.captions import FileCaptioner
+    from kokanee.qa import Accuracy, Answered, Examinee, Share, Way
     from kokanee.questions import Question, Video
 
 HEAD = "| kind | questions | right % | 95 % interval | chance % |"
@@ -41,23 +53,31 @@ def qa(
     ] = None,
     model: Annotated[
         str,
-        typer.Option("--model", "-m", help="A folder, a name on the hub, or nano, which knows its own world only."),
+        typer.Option(
+            "--model",
+            "-m",
+            help="A folder, a name on the hub, or nano, which knows its own world only; openai:NAME asks a server.",
+        ),
     ] = "nano",
     by: Annotated[
         By,
         typer.Option(
             help="answer: what is said is right; text, letter: the right option is the likeliest, its text or its "
-            "letter. auto: letter if all questions have options and are not the world's, else answer."
+            "letter (by letter openai:NAME says it). auto: letter if all questions have options and are not the "
+            "world's, else answer."
         ),
     ] = By.auto,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for every answer and scores.json; a stopped run goes on.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions computed together.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Questions computed together; of openai:NAME under way at a time.")
+    ] = 8,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many videos.")] = None,
     device: Device = "auto",
     dtype: Dtype = None,
     base: Base = None,
+    base_url: BaseUrl = None,
     set_: Set = None,
 ) -> None:
     """How many questions about videos a model answers rightly, overall and by kind of question.
@@ -65,6 +85,7 @@ def qa(
     In per cent, with 95 % confidence intervals over videos, of ten or more. Videos that cannot be read are left out
     and counted.
     """
+    check_model(model, base_url, device, dtype, base)
     replaced = dict(key_value(item) for item in set_ or [])
     if out is not None:
         check_writable(out / "scores.json")
@@ -75,17 +96,33 @@ def qa(
         say(f'{letters} open questions have a single letter for an answer. If they have options, call them "options".')
     folder = videos or (questions if questions.is_dir() else questions.parent)
     chosen = by_video(asked, folder)[:limit]
-    captioner: Any = local_captioner(model, device, dtype, base, replaced)
+    if model.startswith(OPENAI):
+        captioner = remote_captioner(model, base_url, batch_size, replaced)
+    else:
+        captioner = local_captioner(model, device, dtype, base, replaced)
     if captioner.defaults.note and not of_world(questions):
         say(f"{model}: {captioner.defaults.note}")
-    from kokanee.qa import Examinee, answer_tokens, askable, default_way
+    from kokanee.qa import askable, default_way
 
     way = default_way(questions, asked) if by is By.auto else by.value
     kept = askable(chosen, way)
-    longest = answer_tokens(captioner.processor, asked)
-    examinee = Examinee(captioner.model, captioner.processor, way, batch_size, longest)
+    examinee = examinee_of(captioner, way, batch_size, asked)
     say(f"{model}: {number_of(kept)} questions about {len(kept)} videos, by {way}")
     tell(marked(examinee, kept, asked, folder, out), number_of(chosen) - number_of(kept))
+
+
+def examinee_of(captioner: FileCaptioner, way: Way, batch_size: int, asked: Sequence[Question]) -> Examinee:
+    """Whoever computes the answers, here or at a server."""
+    from kokanee.qa import ModelExaminee, ServedExaminee, answer_tokens
+    from kokanee.remote import RemoteCaptioner
+
+    if isinstance(captioner, RemoteCaptioner):
+        return ServedExaminee(captioner, way, batch_size)
+    from kokanee.captioner import Captioner
+
+    assert isinstance(captioner, Captioner)
+    longest = answer_tokens(captioner.processor, asked)
+    return ModelExaminee(captioner.model, captioner.processor, way, batch_size, longest)
 
 
 def marked(
@@ -112,7 +149,7 @@ def number_of(videos: Sequence[Video]) -> int:
 
 
 def tell(answered: Sequence[Answered], without_options: int) -> None:
-    """Print the table. Raises `KokaneeError` where videos could not be read, so that the exit code says it too."""
+    """Print the table. Raises `KokaneeError` where videos have no answers, so that the exit code says it too."""
     from kokanee.qa import accuracy
 
     found = accuracy(answered)
@@ -121,9 +158,8 @@ def tell(answered: Sequence[Answered], without_options: int) -> None:
     if found.unread:
         reasons = list(found.unread.values())
         more = [f"and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else []
-        head = (
-            f"{len(reasons)} of {len(answered)} videos cannot be read, and their {found.lost} questions are left out:"
-        )
+        lost = f"their {found.lost} questions are left out"
+        head = f"{len(reasons)} of {len(answered)} videos have no answers, and {lost}:"
         raise KokaneeError("\n  ".join([head, *reasons[:NAMED], *more]))
 
 
@@ -133,7 +169,7 @@ def table(found: Accuracy, without_options: int) -> list[str]:
     lines += [row(kind, share) for kind, share in {**found.kinds, "overall": found.overall}.items()]
     left_out = {
         "left out: no options": without_options,
-        f"left out: unreadable videos ({len(found.unread)})": found.lost,
+        f"left out: videos without answers ({len(found.unread)})": found.lost,
     }
     return lines + [f"| {why} | {count} | {NONE} | {NONE} | {NONE} |" for why, count in left_out.items() if count]
 

@@ -9,21 +9,24 @@ There are three ways (`Way`) of asking:
 - "letter": the question, the options with letters, one a line, and `SENTENCE`. Chosen is the letter whose first token
   is the likeliest, as published benchmarks of options have it.
 
-Options are computed in one pass, packed behind one prompt (`prefix.py`), and no option sees another.
+Options are computed in one pass, packed behind one prompt (`prefix.py`), and no option sees another. A server tells no
+log-probabilities of options (`ServedExaminee`): by "letter" it is asked the same, and what it says is marked.
 
 Axes: N label tokens, B questions of a batch, O options of a question at most.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from kokanee.captions import Decoding
+from kokanee.captions import Caption, Decoding, FileCaptioner, Request
 from kokanee.clips import View, watch
 from kokanee.conversations import shared_length
 from kokanee.errors import KokaneeError, memory_said
@@ -35,10 +38,12 @@ from kokanee.prefix import Sample, branch_attention_in, collate_packed, pack, pa
 from kokanee.processor import Processor
 from kokanee.prompt import IGNORED, Turn
 from kokanee.questions import LETTERS, Question, Video, by_video, is_right, of_world
+from kokanee.weights import fingerprint
 
 Way = Literal["answer", "text", "letter"]
 SENTENCE = "Answer with the option's letter from the given choices directly."
 ANSWER_TOKENS, LETTER_TOKENS = 16, 4
+SERVED_TOKENS = 4096  # some models of servers think before they answer
 LESS = "Ask fewer questions at once (--batch-size 1), or load the model in bfloat16 (--dtype bfloat16)."
 
 
@@ -57,7 +62,7 @@ class Marked:
 
 @dataclass(frozen=True)
 class Answered:
-    """A video with its marked questions; with none, and the reason, where it could not be read."""
+    """A video with its marked questions; with none, and the reason, where it could not be read or asked about."""
 
     video: Video
     answers: tuple[Marked, ...]
@@ -88,8 +93,8 @@ class Share:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Right answers, overall and by kind of question. unread: the videos that could not be read, and why; their
-    `lost` questions count nowhere."""
+    """Right answers, overall and by kind of question. unread: the videos that have no answers, and why; their `lost`
+    questions count nowhere."""
 
     overall: Share
     kinds: dict[str, Share]
@@ -101,15 +106,84 @@ class Accuracy:
         return {"overall": self.overall.as_dict(), "kinds": kinds, "unread": self.unread, "unread_questions": self.lost}
 
 
+class Examinee(ABC):
+    """Whoever is asked, and in which way."""
+
+    way: Way
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What answers depend on beside the questions and the way, as runs keep it; `processor` holds settings."""
+
+    @abstractmethod
+    def each(self, videos: Sequence[Video]) -> Iterator[Answered]:
+        """The videos as they are done, each with all its questions marked."""
+
+
 @dataclass(frozen=True)
-class Examinee:
-    """A model that is asked. batch_size: questions computed together. max_new_tokens: of an answer that is said."""
+class ServedExaminee(Examinee):
+    """A captioner that is asked in words and not looked into, as that of a server. batch_size: questions under way.
+
+    A video of which a question got no answer has none. Raises `KokaneeError` for the way "text".
+    """
+
+    captioner: FileCaptioner
+    way: Way
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if self.way == "text":
+            raise KokaneeError(
+                f"{self.captioner.name} does not tell how likely options are. Ask by letter (--by letter)."
+            )
+
+    def identity(self) -> dict[str, Any]:
+        return self.captioner.identity()
+
+    def each(self, videos: Sequence[Video]) -> Iterator[Answered]:
+        """The videos as they are done. Equal questions about one are asked once."""
+        about = {request: video for video in videos for request in self.requests(video)}
+        made: dict[Request, list[Caption] | KokaneeError] = {}
+        decoding = Decoding(max_new_tokens=SERVED_TOKENS)
+        for request, found in self.captioner.each(about, decoding, batch_size=self.batch_size):
+            made[request] = found
+            video = about[request]
+            asked = self.requests(video)
+            if all(one in made for one in asked):
+                yield self.answered(video, [made[one] for one in asked])
+
+    def requests(self, video: Video) -> list[Request]:
+        """What is asked about a video, question by question."""
+        asked = lettered if self.way == "letter" else attrgetter("question")
+        return [Request(video.path, asked(question)) for question in video.questions]
+
+    def answered(self, video: Video, found: Sequence[list[Caption] | KokaneeError]) -> Answered:
+        """A video with what was said to each question, marked."""
+        error = next((str(one) for one in found if isinstance(one, KokaneeError)), "")
+        if error:
+            return Answered(video, (), error)
+        said = [one[0].text for one in found if isinstance(one, list)]
+        marked = (Marked(q, text, is_right(text, q)) for q, text in zip(video.questions, said, strict=True))
+        return Answered(video, tuple(marked))
+
+
+@dataclass(frozen=True)
+class ModelExaminee(Examinee):
+    """A model that is computed here. batch_size: questions computed together. max_new_tokens: of an answer that is
+    said."""
 
     model: Kokanee
     processor: Processor
     way: Way
     batch_size: int = 8
     max_new_tokens: int = ANSWER_TOKENS
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "weights": fingerprint(self.model),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "processor": self.processor.config.model_dump(mode="json"),
+        }
 
     def each(self, videos: Sequence[Video]) -> Iterator[Answered]:
         """The videos in their order, each watched once and all its questions marked."""
@@ -237,7 +311,7 @@ def examined(
     batch_size: int = 8,
 ) -> list[Answered]:
     """All questions about the files of the folder `videos` that can be asked in this way, answered and marked."""
-    examinee = Examinee(model, processor, way, batch_size, answer_tokens(processor, questions))
+    examinee = ModelExaminee(model, processor, way, batch_size, answer_tokens(processor, questions))
     return list(examinee.each(askable(by_video(questions, Path(videos)), way)))
 
 

@@ -25,7 +25,6 @@ from kokanee.formats import (
 )
 from kokanee.qa import Answered, Examinee, Marked, accuracy
 from kokanee.questions import Question, Video
-from kokanee.weights import fingerprint
 
 VERSION = 1
 STATE, ANSWERS, SCORES = "state.json", "answers.jsonl", "scores.json"
@@ -38,9 +37,7 @@ def settings_of(examinee: Examinee, questions: Sequence[Question], videos: Path)
         "questions": digest(questions),
         "videos": videos.resolve().as_posix(),
         "way": examinee.way,
-        "weights": fingerprint(examinee.model),
-        "dtype": str(examinee.model.dtype).removeprefix("torch."),
-        "processor": examinee.processor.config.model_dump(mode="json"),
+        **examinee.identity(),
     }
 
 
@@ -53,7 +50,7 @@ def run(
 ) -> list[Answered]:
     """The videos with their marked questions, each also a record in `out` as soon as it is done, and their scores.
 
-    Goes on where an earlier run stopped; videos that could not be read or have changed are tried again. `on_video` is
+    Goes on where an earlier run stopped; videos that have no answers or have changed are tried again. `on_video` is
     told how many are done. Raises `KokaneeError` for a folder that was made with other settings.
     """
     refuse_foreign(out, STATE)
@@ -92,8 +89,9 @@ def check_same(out: Path, settings: dict[str, Any]) -> None:
 
 
 def flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with each of the processor's by its own name."""
-    return {name: value for name, value in settings.items() if name != "processor"} | settings.get("processor", {})
+    """Settings with each of the processor's by its own name. A server's address is none: it may move."""
+    apart = ("processor", "server")
+    return {name: value for name, value in settings.items() if name not in apart} | settings.get("processor", {})
 
 
 def record_of(answered: Answered) -> dict[str, Any]:
