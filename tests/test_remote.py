@@ -6,6 +6,7 @@ import asyncio
 import base64
 import gc
 import io
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,6 +150,25 @@ def test_a_run_goes_on_and_asks_nothing_twice(served, media, tmp_path):
     assert (again.captioned, again.skipped, again.failed, len(server.requests)) == (5, 4, {}, 6)
     records = read_records(out).values()
     assert all(record["captions"][0]["text"].endswith("seed 0.") for record in records)
+
+
+def test_a_server_that_answers_nothing_ends_the_run(served, media, tmp_path):
+    """After 8 files; a file that cannot be read is no sign of it, nor one that the server does not take."""
+    server, url = served
+    files = [tmp_path / f"{number}.png" for number in range(12)]
+    for file in files:
+        shutil.copy(media / "still.png", file)
+    server.trouble = [status(401)] * 12
+    with pytest.raises(KokaneeError, match=r"None of the first 8 questions got an answer of use.*401"):
+        captioner(url).caption_files(files, tmp_path / "out.jsonl")
+    assert len(server.requests) < 12
+    server.trouble = [status(400)] * 11
+    found = captioner(url).caption_files(files, tmp_path / "out.jsonl")
+    assert (len(found.failed), found.captioned) == (11, 1)
+    files[0].write_text("no picture")
+    server.trouble = [status(401)] * 10
+    found = captioner(url).caption_files(files, tmp_path / "out.jsonl")
+    assert (len(found.failed), found.captioned) == (11, 1)
 
 
 def test_intervals_are_kept_when_a_run_is_stopped(served, media, tmp_path, monkeypatch):

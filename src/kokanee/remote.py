@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kokanee.captions import Caption, Decoding, FileCaptioner, Medium, Prepared, Request, stream_seed
 from kokanee.defaults import Defaults
-from kokanee.endpoint import Asker, Endpoint, Message, each, running
+from kokanee.endpoint import Asker, Declined, Endpoint, Message, Unanswered, each, running
 from kokanee.errors import KokaneeError, reasons
 from kokanee.media import Clip, read_clip
 from kokanee.sampling import RATE_HZ, Sampling
@@ -111,7 +111,10 @@ class RemoteCaptioner(FileCaptioner):
     def each(
         self, requests: Iterable[Request], decoding: Decoding, n_samples: int = 1, batch_size: int = 1
     ) -> Iterator[tuple[Request, list[Caption] | KokaneeError]]:
-        """As the frame says, but `batch_size` questions are under way at any time; one that waits holds up none."""
+        """As the frame says, but `batch_size` questions are under way at any time; one that waits holds up none.
+
+        Raises `KokaneeError` where the server answers none of the first questions, twice `batch_size` and at least 8.
+        """
         return driven(self._answers(requests, self.prepare, decoding, n_samples, batch_size))
 
     async def _answers(
@@ -147,7 +150,8 @@ class RemoteCaptioner(FileCaptioner):
         try:
             reply = await asker.reply(part.sample, seed)
         except KokaneeError as error:
-            raise KokaneeError(self._explained(str(error), part.sample)) from error
+            kind = KokaneeError if isinstance(error, Declined) else Unanswered  # some files may be declined, others not
+            raise kind(self._explained(str(error), part.sample)) from error
         return Caption(
             text=reply.text.strip(),
             start_s=part.start_s,
