@@ -57,7 +57,8 @@ Results = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Figure:
-    """A number of all seeds. low, high: the lowest and the highest seed, or of a single one its 95 % interval."""
+    """A number of all seeds. low, high: the lowest and the highest seed, or of a single one its 95 % interval. seeds:
+    how many have it, where not all do."""
 
     value: float
     low: float | None = None
@@ -79,7 +80,8 @@ def mean(found: Sequence[float | None], low: float | None = None, high: float | 
     if len(found) == 1:
         return Figure(there[0], low, high)
     seeds = "" if len(there) == len(found) else f"{len(there)} of {len(found)} seeds"
-    return Figure(fmean(there), min(there), max(there), seeds)
+    between = (min(there), max(there)) if len(there) > 1 else (None, None)
+    return Figure(fmean(there), *between, seeds)
 
 
 def stage(result: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -229,15 +231,18 @@ def lines(results: Results) -> list[str]:
     for name in reached(results, list(STAGES)):
         cells = [plainly(figure(results, name, *of)) for of in columns]
         paper = f"{PAPER[name]:.1f}" if name in PAPER else ""
-        made.append(f"| {' | '.join([STAGES[name], *cells])} | {paper} |")
+        total = figure(results, name, "greedy", "total")
+        seeds = f" ({total.seeds})" if total and total.seeds else ""
+        made.append(f"| {' | '.join([STAGES[name] + seeds, *cells])} | {paper} |")
     return made
 
 
 def plainly(found: Figure | None) -> str:
-    """A number, and in brackets what it lies between, where that is known."""
+    """A number, and in brackets what it lies between, where that is known and not one number."""
     if found is None:
         return ""
-    between = f" ({found.low:.1f} to {found.high:.1f})" if found.low is not None and found.high is not None else ""
+    ends = [f"{end:.1f}" for end in (found.low, found.high) if end is not None]
+    between = f" ({' to '.join(ends)})" if len(set(ends)) == 2 else ""
     return f"{found.value:.1f}{between}"
 
 
