@@ -152,23 +152,39 @@ def test_a_run_goes_on_and_asks_nothing_twice(served, media, tmp_path):
     assert all(record["captions"][0]["text"].endswith("seed 0.") for record in records)
 
 
-def test_a_server_that_answers_nothing_ends_the_run(served, media, tmp_path):
-    """After 8 files; a file that cannot be read is no sign of it, nor one that the server does not take."""
-    server, url = served
+@pytest.fixture
+def pictures(media, tmp_path) -> list[Path]:
+    """Twelve files."""
     files = [tmp_path / f"{number}.png" for number in range(12)]
     for file in files:
         shutil.copy(media / "still.png", file)
+    return files
+
+
+def test_a_server_that_refuses_all_ends_the_run(served, pictures, tmp_path):
+    server, url = served
     server.trouble = [status(401)] * 12
     with pytest.raises(KokaneeError, match=r"None of the first 8 questions got an answer of use.*401"):
-        captioner(url).caption_files(files, tmp_path / "out.jsonl")
+        captioner(url).caption_files(pictures, tmp_path / "out.jsonl")
     assert len(server.requests) < 12
-    server.trouble = [status(400)] * 11
-    found = captioner(url).caption_files(files, tmp_path / "out.jsonl")
-    assert (len(found.failed), found.captioned) == (11, 1)
-    files[0].write_text("no picture")
-    server.trouble = [status(401)] * 10
-    found = captioner(url).caption_files(files, tmp_path / "out.jsonl")
-    assert (len(found.failed), found.captioned) == (11, 1)
+
+
+@pytest.mark.parametrize("trouble", [[status(400)] * 11, [status(500)] * 33, [status(401)] * 7])
+def test_files_that_fail_do_not_end_the_run(served, pictures, tmp_path, trouble):
+    """The server does not take them, fails at them, or refuses fewer than eight."""
+    server, url = served
+    server.trouble = list(trouble)
+    found = captioner(url).caption_files(pictures, tmp_path / "out.jsonl")
+    assert len(found.failed) + found.captioned == 12 and not server.trouble and found.captioned in (1, 5)
+
+
+def test_what_was_never_tried_comes_before_what_failed(served, pictures, tmp_path):
+    server, url = served
+    out, records = tmp_path / "out.jsonl", []
+    server.trouble = [status(400)] * 10
+    captioner(url).caption_files(pictures[:10], out)
+    captioner(url).caption_files(pictures, out, on_record=records.append)
+    assert [Path(record["file"]) for record in records] == [*pictures[10:], *pictures[:10]]
 
 
 def test_intervals_are_kept_when_a_run_is_stopped(served, media, tmp_path, monkeypatch):

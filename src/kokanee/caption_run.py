@@ -124,6 +124,8 @@ def run(
             summary.captioned += 1
             tell(on_record, before)
 
+    waiting.sort(key=lambda path: file_key(path) in known)  # what was never tried does not wait for what failed
+
     def keep(record: Record) -> None:
         if out is not None and record != known.get(key_of(record)):
             append_jsonl(out, [record])

@@ -113,14 +113,11 @@ def qa(
 
 def examinee_of(captioner: FileCaptioner, way: Way, batch_size: int, asked: Sequence[Question]) -> Examinee:
     """Whoever computes the answers, here or at a server."""
-    from kokanee.qa import ModelExaminee, ServedExaminee, answer_tokens
-    from kokanee.remote import RemoteCaptioner
-
-    if isinstance(captioner, RemoteCaptioner):
-        return ServedExaminee(captioner, way, batch_size)
     from kokanee.captioner import Captioner
+    from kokanee.qa import ModelExaminee, ServedExaminee, answer_tokens
 
-    assert isinstance(captioner, Captioner)
+    if not isinstance(captioner, Captioner):
+        return ServedExaminee(captioner, way, batch_size)
     longest = answer_tokens(captioner.processor, asked)
     return ModelExaminee(captioner.model, captioner.processor, way, batch_size, longest)
 

@@ -46,10 +46,6 @@ class Unanswered(KokaneeError):
     """A question that got no usable answer, and why."""
 
 
-class Declined(Unanswered):
-    """A question that the server does not take, though it may take others."""
-
-
 class Stop(KokaneeError):
     """No question is asked any more: none would be answered."""
 
@@ -232,7 +228,7 @@ class Asker:
                     continue
                 reason, pause_s = self.said(error), error.retry_after_s
                 if error.status in NOT_THIS:
-                    raise Declined(f"{end.model} refuses a question: {reason}.") from error
+                    raise Unanswered(f"{end.model} refuses a question: {reason}.") from error
                 if error.status < 500 and (error.status not in BUSY or NO_CREDIT in error.text):
                     raise self._refused(error) from error
             except TimeoutError:

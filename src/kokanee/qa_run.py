@@ -64,7 +64,9 @@ def run(
         (out / SCORES).unlink(missing_ok=True)
         if found and on_video is not None:
             on_video(len(found))
-        for answered in examinee.each([video for video in videos if video not in found]):
+        # What was never tried does not wait for what failed.
+        waiting = sorted((video for video in videos if video not in found), key=lambda video: video.file in before)
+        for answered in examinee.each(waiting):
             record = record_of(answered)
             if record != before.get(answered.video.file):
                 append_jsonl(path, [record])

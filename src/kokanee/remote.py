@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kokanee.captions import Caption, Decoding, FileCaptioner, Medium, Prepared, Request, stream_seed
 from kokanee.defaults import Defaults
-from kokanee.endpoint import Asker, Declined, Endpoint, Message, Unanswered, each, running
+from kokanee.endpoint import Asker, Endpoint, Message, Stop, Unanswered, each, running
 from kokanee.errors import KokaneeError, reasons
 from kokanee.media import Clip, read_clip
 from kokanee.sampling import RATE_HZ, Sampling
@@ -113,7 +113,8 @@ class RemoteCaptioner(FileCaptioner):
     ) -> Iterator[tuple[Request, list[Caption] | KokaneeError]]:
         """As the frame says, but `batch_size` questions are under way at any time; one that waits holds up none.
 
-        Raises `KokaneeError` where the server answers none of the first questions, twice `batch_size` and at least 8.
+        Raises `KokaneeError` where the server refuses the first questions, twice `batch_size` and at least 8, for good
+        (a wrong key, an unknown model).
         """
         return driven(self._answers(requests, self.prepare, decoding, n_samples, batch_size))
 
@@ -150,7 +151,7 @@ class RemoteCaptioner(FileCaptioner):
         try:
             reply = await asker.reply(part.sample, seed)
         except KokaneeError as error:
-            kind = KokaneeError if isinstance(error, Declined) else Unanswered  # some files may be declined, others not
+            kind = Unanswered if isinstance(error, Stop) else KokaneeError  # else another file may have an answer
             raise kind(self._explained(str(error), part.sample)) from error
         return Caption(
             text=reply.text.strip(),
