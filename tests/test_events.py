@@ -14,6 +14,7 @@ from kokanee.events import (
     Rates,
     Verdict,
     by_kind,
+    difference,
     interval,
     rates,
     repetition_rate,
@@ -89,3 +90,17 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
 )
 def test_the_repetition_rate_is_this(caption: str, n: int, expected: float):
     assert repetition_rate(caption, n) == pytest.approx(expected)
+
+
+def test_a_difference_is_of_the_same_videos_in_each_draw():
+    """What every video has more of is told exactly, however far apart the videos are; the other way is the opposite."""
+    easy_and_hard = [Counts(k % 9, 0, 0, 10) for k in range(60)]
+    worse = [count + Counts(1, 0, 0, 0) for count in easy_and_hard]
+    assert difference(worse, easy_and_hard, lambda r: r.missed) == pytest.approx((10.0, 10.0, 10.0))
+    (low, high), (_, high_worse) = (interval(counts, lambda r: r.missed) for counts in (easy_and_hard, worse))
+    assert low + 10.0 < high < high_worse, "apart, the two overlap"
+    mixed = [Counts(k % 3, 0, 0, 10) for k in range(60)]
+    more, low, high = difference(mixed, easy_and_hard, lambda r: r.missed)
+    less, low_less, high_less = difference(easy_and_hard, mixed, lambda r: r.missed)
+    assert low < more < high and (less, low_less, high_less) == pytest.approx((-more, -high, -low))
+    assert difference([], [], lambda r: r.missed) == (0.0, 0.0, 0.0)

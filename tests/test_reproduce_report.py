@@ -166,18 +166,38 @@ def test_the_share_kept_is_that_of_the_fall():
     ("changed", "told"),
     [
         ({"mrdpo": 57.0}, "mrDPO did not lower the total error of greedy captions: from 56.0 % to 57.0 % (1.8 % more)"),
-        ({"mrdpo": 57.0}, "(their 95 % intervals overlap)"),
         ({"mrdpo": 57.0}, "did not lower the total error, so that rebirth had nothing to keep"),
         ({"mrdpo": 53.0}, "mrDPO did not do better than as many rounds of cross-entropy alone."),
         ({"dpo": 29.0}, "mrDPO did not do better than one round of plain DPO."),
         ({"rebirth": 56.5}, "Rebirth did not keep any of mrDPO's fall: the total error is 56.5 %."),
         ({"rebirth": 54.5}, "Rebirth did not do better than that."),
-        ({"rebirth": 53.5}, "Rebirth is below that, but their 95 % intervals overlap."),
         ({}, "Hall, a part of it, did not fall: from 5.5 % to 5.5 % (no change)"),
     ],
 )
 def test_what_failed_is_told_as_such(changed, told):
     assert told in said([result(**changed)])
+
+
+def difference(stage: str, beside: str, more: float, half: float) -> dict:
+    ends = {"more": more, "low": more - half, "high": more + half}
+    return {"stage": stage, "beside": beside, **dict.fromkeys(("greedy", "sampled", "local", "qa"), ends)}
+
+
+def test_what_may_be_chance_is_told_by_the_differences_of_the_same_clips():
+    sure, unsure = difference("mrdpo", "sft", -1.5, 0.5), difference("mrdpo", "sft", -0.5, 0.75)
+    lost = result(compared=[unsure, difference("rebirth", "continued", -22.0, 23.0)])
+    told = "(which may be chance: -0.5 points, 95 % interval -1.2 to +0.2)"
+    assert f"less) {told}; at temperature 1" in said([lost]) and f"mrDPO cost 1.5 points {told}, and" in said([lost])
+    assert "Rebirth is below that (which may be chance: -22.0 points" in said([lost])
+    assert "chance" not in said([result(compared=[sure])]) + said([result()])
+    assert "may be chance in 1 of 2 seeds" in said([result(compared=[sure]), result(1, compared=[unsure])])
+    text = page([result(compared=[sure, difference("rebirth", "mrdpo", 0.5, 0.25)])])
+    assert row(text, "mrDPO beside SFT") == ["-1.5"] * 4
+    assert row(text, "Rebirth beside mrDPO", small=True) == ["+0.2 to +0.8"] * 4
+    both = page([result(compared=[sure]), result(1, compared=[unsure]), result(2)])
+    assert row(both, "mrDPO beside SFT") == ["-1.0"] * 4
+    assert row(both, "mrDPO beside SFT", small=True) == ["-1.5 to -0.5; chance? 1 of 2"] * 4
+    assert "beside SFT" not in page([result()])
 
 
 def test_answers_that_rebirth_did_not_bring_back_are_told_as_such():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kokanee.results import figures, goals, kept_share, stage_of
+from kokanee.results import compared, figures, goals, kept_share, known_by_clip, stage_of
 
 
 def stage(total: float, sampled: float, right: float) -> dict[str, Any]:
@@ -73,3 +73,19 @@ def test_marks_become_one_flat_record():
         "questions": 4,
         "by_kind": {"colour": {"right": 50.0, "questions": 2}, "shape": {"right": 100.0, "questions": 2}},
     }
+
+
+def marked(*wrong: int) -> dict[str, Any]:
+    """Marks of a stage, each of them with so many of ten events missed in the clips, and questions answered wrongly."""
+    counts = [[missed, 0, 0, 10] for missed in wrong]
+    one = {"by_clip": counts, "wrong_by_clip": counts}
+    return {"marks": [{"by_clip": []}, one, one, one]}
+
+
+def test_stages_are_compared_clip_by_clip():
+    found = {"mrdpo": marked(1, 2, 3, 4), "sft": marked(3, 4, 5, 6), "old": {"marks": [{}, {}, {}, {}]}}
+    less = {"more": pytest.approx(-20.0), "low": pytest.approx(-20.0), "high": pytest.approx(-20.0)}
+    right = {"more": pytest.approx(20.0), "low": pytest.approx(20.0), "high": pytest.approx(20.0)}
+    wanted = {"stage": "mrdpo", "beside": "sft", "greedy": less, "sampled": less, "local": less, "qa": right}
+    assert compared(found, "mrdpo", "sft") == wanted
+    assert [known_by_clip(found, name) for name in ("mrdpo", "old", "none")] == [True, False, False]

@@ -26,6 +26,7 @@ from kokanee.model import Kokanee
 from kokanee.pairs import Candidate
 from kokanee.predictions import Prediction
 from kokanee.processor import Processor
+from kokanee.questions import same
 from kokanee.scoring import Item, Judge, judge_all
 
 VERSION = 1
@@ -140,9 +141,7 @@ class Writer:
 
         def work(group: Sequence[tuple[Task, str]]) -> list[bool]:
             said = self.said(clips, [task for task, _ in group], decoding)
-            return [
-                text.strip().lower() == answer.lower() for ((text, _),), (_, answer) in zip(said, group, strict=True)
-            ]
+            return [same(text, answer) for ((text, _),), (_, answer) in zip(said, group, strict=True)]
 
         right: list[bool] = []
         for first in range(0, len(groups), self.team.state.num_processes):

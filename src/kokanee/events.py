@@ -126,13 +126,33 @@ def interval(
 
     `counts` are those of each video. Equal arguments give equal intervals; both ends are 0 where there is no video.
     """
-    if not counts:
-        return 0.0, 0.0
+    return ends(resampled(counts, of, seed), level) if counts else (0.0, 0.0)
+
+
+def difference(
+    counts: Sequence[Counts], others: Sequence[Counts], of: Callable[[Rates], float], level: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+    """How much higher a rate of `counts` is than that of `others`, of the same videos in the same order, and the
+    bootstrap interval of that. Each draw has the same videos for both: what is hard about a video is so for both, and
+    the difference is known better than either rate (whose intervals may overlap where it is far from 0).
+    """
+    assert len(counts) == len(others), "not the same videos"
+    more = of(rates(counts)) - of(rates(others))
+    low, high = ends(resampled(counts, of, seed) - resampled(others, of, seed), level) if counts else (0.0, 0.0)
+    return more, low, high
+
+
+def resampled(counts: Sequence[Counts], of: Callable[[Rates], float], seed: int) -> np.ndarray:
+    """A rate of as many videos, drawn again with replacement, `RESAMPLES` times: (RESAMPLES,)."""
     table_N4 = np.array([(c.missed, c.incorrect, c.hallucinated, c.n_events) for c in counts], np.float64)
     drawn_RN = np.random.default_rng(seed).integers(0, len(counts), (RESAMPLES, len(counts)))
     sums_R4 = table_N4[drawn_RN].sum(1)
     shares_R3 = 100.0 * sums_R4[:, :3] / np.maximum(sums_R4[:, 3:], 1.0)
-    values_R = [of(Rates(*shares)) for shares in shares_R3.tolist()]
+    return np.array([of(Rates(*shares)) for shares in shares_R3.tolist()])
+
+
+def ends(values_R: np.ndarray, level: float) -> tuple[float, float]:
+    """What `level` of the values lie between."""
     low, high = np.quantile(values_R, [(1 - level) / 2, (1 + level) / 2]).tolist()
     return low, high
 

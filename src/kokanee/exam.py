@@ -17,6 +17,7 @@ from kokanee.formats import read_jsonl
 from kokanee.ground_truth import Truth, truth_of_sample
 from kokanee.model import Kokanee
 from kokanee.processor import Processor
+from kokanee.questions import same
 from kokanee.world.facts import Fact
 from kokanee.world.score import judge
 
@@ -32,6 +33,7 @@ class Marks:
     `rates` are in per cent of the true facts, `sounds_told` of the true sounds (None where there are none),
     `repetition` of a caption's words; `words` are words a caption; `answers` are right answers in per cent, None where
     nothing was asked. Intervals are of 95 % confidence: of the total error and of the answers, over clips.
+    `by_clip` are the counts of each clip; `wrong_by_clip` its questions, those answered wrongly as missed.
     """
 
     name: str
@@ -44,10 +46,13 @@ class Marks:
     total_interval: tuple[float, float] | None = None
     answers_interval: tuple[float, float] | None = None
     questions_by_kind: dict[str, int] = field(default_factory=dict)
+    by_clip: tuple[Counts, ...] = ()
+    wrong_by_clip: tuple[Counts, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         made = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return made | {"hall": self.rates.hall, "total": self.rates.total}
+        counts = {name: [list(one.values()) for one in made[name]] for name in ("by_clip", "wrong_by_clip")}
+        return made | counts | {"hall": self.rates.hall, "total": self.rates.total}
 
 
 def exam(
@@ -114,7 +119,7 @@ def answered(
     """The kinds of the questions about each clip, and whether they were answered rightly."""
     asked = [(view, record, q) for view, record in zip(seen, records, strict=True) for q in record["questions"]]
     said = iter(answers(model, processor, [(view, q["question"]) for view, _, q in asked], ANSWERING))
-    return [[(q["kind"], next(said).lower() == q["answer"].lower()) for q in record["questions"]] for record in records]
+    return [[(q["kind"], same(next(said), q["answer"])) for q in record["questions"]] for record in records]
 
 
 def with_answers(marks: Marks, right: Sequence[Sequence[tuple[str, bool]]]) -> Marks:
@@ -131,6 +136,7 @@ def with_answers(marks: Marks, right: Sequence[Sequence[tuple[str, bool]]]) -> M
         answers_by_kind={kind: 100.0 * well[kind] / asked[kind] for kind in sorted(asked)},
         answers_interval=(low, high),
         questions_by_kind={kind: asked[kind] for kind in sorted(asked)},
+        wrong_by_clip=tuple(wrong),
     )
 
 
@@ -174,6 +180,7 @@ def mark(
         100.0 * sum(map(repetition_rate, captions)) / count,
         sum(len(caption.split()) for caption in captions) / count,
         total_interval=interval(list(by_clip.values()), lambda found: found.total),
+        by_clip=tuple(by_clip.values()),
     )
 
 

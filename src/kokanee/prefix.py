@@ -83,7 +83,7 @@ def short_mask(segments_BL: torch.Tensor, heads: int) -> torch.Tensor | None:
 
 def lengths_of(segments_BL: torch.Tensor) -> list[list[int]]:
     """Of each sequence the lengths of its prompt and of each branch, as `attention.branch_attention` wants them."""
-    return [torch.bincount(row_L[row_L != PADDING]).tolist() for row_L in segments_BL]
+    return [torch.bincount(row_L[row_L != PADDING]).tolist() for row_L in segments_BL.cpu()]  # waits once for a GPU
 
 
 @contextlib.contextmanager

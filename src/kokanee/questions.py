@@ -173,7 +173,7 @@ def option_meant(answer: Any, options: Sequence[str], where: str) -> str:
 
 def meanings(said: str, options: Sequence[str]) -> set[str]:
     """The options that an answer can mean: by the text, the letter ("B", "(B)", "B."), or both ("B. a dog")."""
-    found = {option for option in options if plain(option) == plain(said)}
+    found = {option for option in options if same(said, option)}
     match = LETTERED.fullmatch(said.strip())
     place = LETTERS.index(match[1].upper()) if match else len(options)
     if match and place < len(options) and plain(match[2]) in ("", plain(options[place])):
@@ -187,10 +187,15 @@ def plain(text: str) -> str:
     return text.rstrip(FINAL) or text
 
 
+def same(said: str, answer: str) -> bool:
+    """Whether an open question was given this answer."""
+    return plain(said) == plain(answer)
+
+
 def is_right(said: str, question: Question) -> bool:
     """Whether this is the right answer. Where it is no option's text, it may be the right one's letter."""
-    if plain(said) in {plain(text) for text in (question.answer, *question.options)}:
-        return plain(said) == plain(question.answer)
+    if any(same(said, text) for text in (question.answer, *question.options)):
+        return same(said, question.answer)
     return meanings(said, question.options) == {question.answer}
 
 

@@ -25,7 +25,9 @@ from kokanee.reproduce_tables import (
     bars,
     change,
     changes,
+    compared,
     complete,
+    differences,
     figure,
     goals,
     kept,
@@ -63,7 +65,7 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
         else f"Means of {len(results)} seeds; in small the lowest and the highest.",
         "bars": bars(results),
         "stages": stages(results),
-        "changes": changes(results),
+        "changes": changes(results) + compared(results),
         "rounds": "".join(round_plots(results)) or '<p class="none">No round is finished yet.</p>',
         "kinds": kinds(results),
         "rebirth": rebirth(results),
@@ -113,8 +115,7 @@ def fall(results: Results) -> str:
     lowered = greedy[0].value < 0
     verb = "lowered" if lowered else "did not lower"
     text = f"mrDPO {verb} the total error of greedy captions: {went(greedy)}"
-    if overlap(results, "sft", "mrdpo", "greedy", "total"):
-        text += f" (their {spans(results)} overlap)"
+    text += chance(results, "mrdpo", "sft", "greedy")
     if drawn:
         same = (drawn[0].value < 0) == lowered
         but = "" if same else "but it lowered that " if drawn[0].value < 0 else "but it did not lower that "
@@ -136,14 +137,16 @@ def moved(share: float) -> str:
     return "no change" if size == "0.0" else f"{size} % {'more' if share > 0 else 'less'}"
 
 
-def overlap(results: Results, one: str, other: str, group: str, measure: str) -> bool:
-    """Whether two stages are not told apart; not where that is not known."""
-    first, second = (figure(results, name, group, measure) for name in (one, other))
-    return bool(first and second and first.meets(second))
-
-
-def spans(results: Results) -> str:
-    return "ranges over seeds" if len(results) > 1 else "95 % intervals"
+def chance(results: Results, name: str, other: str, group: str) -> str:
+    """That two stages are not told apart, with the difference that they have; "" where they are, or nobody knows."""
+    found = differences(results, name, other, group)
+    unsure = [(shift, low, high) for shift, low, high in found if low <= 0.0 <= high]
+    if not unsure:
+        return ""
+    if len(found) > 1:
+        return f" (which may be chance in {len(unsure)} of {len(found)} seeds)"
+    ((shift, low, high),) = unsure
+    return f" (which may be chance: {shift:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f})"
 
 
 def beside(results: Results) -> str:
@@ -184,8 +187,8 @@ def reborn(results: Results) -> str:
         pairs = complete(values(results, "rebirth", "greedy", "total"), values(results, "continued", "greedy", "total"))
         if pairs and fmean(ours for ours, _ in pairs) >= fmean(other for _, other in pairs):
             text += " Rebirth did not do better than that."
-        elif overlap(results, "rebirth", "continued", "greedy", "total"):
-            text += f" Rebirth is below that, but their {spans(results)} overlap."
+        elif unsure := chance(results, "rebirth", "continued", "greedy"):
+            text += f" Rebirth is below that{unsure}."
     return text
 
 
@@ -203,26 +206,24 @@ def answers(results: Results) -> str:
         told.append(f"{title} {means.get(name, one.value if one else 0.0):.1f} %")
     text = f"Questions answered rightly: {', '.join(told)}."
     if "sft" in means and "mrdpo" in means:
-        text += regained(means["sft"], means["mrdpo"], means.get("rebirth"))
-        if overlap(results, "sft", "mrdpo", "qa", "right"):
-            text += f" The {spans(results)} of SFT and mrDPO overlap."
+        text += regained(means["sft"], means["mrdpo"], means.get("rebirth"), results)
     if "rebirth" in means and means["rebirth"] < means.get("continued", 0.0):
         text += " Rebirth did not reach SFT continued."
     return text
 
 
-def regained(sft: float, mrdpo: float, rebirth: float | None) -> str:
+def regained(sft: float, mrdpo: float, rebirth: float | None, results: Results) -> str:
     """What mrDPO cost and rebirth brought back, in points."""
     if mrdpo >= sft:
         lost = "" if rebirth is None or rebirth >= sft else f", but rebirth cost {sft - rebirth:.1f} points"
         return f" mrDPO cost none{lost}."
-    text = f" mrDPO cost {sft - mrdpo:.1f} points"
+    text = f" mrDPO cost {sft - mrdpo:.1f} points{chance(results, 'mrdpo', 'sft', 'qa')}"
     if rebirth is None:
         return f"{text}."
     if rebirth <= mrdpo:
         return f"{text}, which rebirth did not bring back."
     back = "brought them back" if rebirth >= sft else f"brought back {rebirth - mrdpo:.1f} of them"
-    return f"{text}, and rebirth {back}."
+    return f"{text}, and rebirth {back}{chance(results, 'rebirth', 'mrdpo', 'qa')}."
 
 
 def missing(results: Results) -> list[str]:

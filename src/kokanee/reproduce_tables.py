@@ -51,6 +51,14 @@ CHANGES = {
 CHANGED = ("mrdpo", "rebirth", *CONTROLS)
 CHANGES_NOTE = """Per cent of SFT's number, of questions in points; in small from what to what or, of several seeds, the
 lowest and the highest change. The columns at the right are the papers'."""
+DIFFERENCES = {
+    "greedy": "Total error",
+    "sampled": "Total error at temperature\u00a01",
+    "local": "Total error, local",
+    "qa": "Questions answered rightly",
+}
+DIFFERENCES_NOTE = """In small: its 95 % interval, with the same clips for both stages in each draw; of several seeds,
+the lowest and the highest, and in how many of them the interval holds 0 (chance?)."""
 NONE = '<p class="none">Not there yet.</p>'
 Results = Sequence[Mapping[str, Any]]
 
@@ -64,12 +72,6 @@ class Figure:
     low: float | None = None
     high: float | None = None
     seeds: str = ""
-
-    def meets(self, other: Figure) -> bool:
-        """Whether the two intervals, or ranges of seeds, overlap; not where one is not known."""
-        if self.low is None or self.high is None or other.low is None or other.high is None:
-            return False
-        return self.low <= other.high and other.low <= self.high
 
 
 def mean(found: Sequence[float | None], low: float | None = None, high: float | None = None) -> Figure | None:
@@ -135,6 +137,41 @@ def change(results: Results, name: str, group: str, measure: str) -> tuple[Figur
     before, after = map(fmean, zip(*found, strict=True))
     each = [moved(*pair) for pair in found] if len(results) > 1 else []
     return Figure(moved(before, after), min(each, default=None), max(each, default=None)), before, after
+
+
+def differences(results: Results, name: str, other: str, group: str) -> list[tuple[float, ...]]:
+    """How much higher a number is after one stage than after another, with the interval of that, for each seed that
+    knows it; `group`: "qa", or that of a total error."""
+    of = [one.get(group) or {} for one in pairs(results) if (one["stage"], one["beside"]) == (name, other)]
+    return complete(*([known(one.get(end)) for one in of] for end in ("more", "low", "high")))
+
+
+def pairs(results: Results) -> list[Mapping[str, Any]]:
+    """All pairs of stages that seeds have compared."""
+    return [one for result in results for one in result.get("compared") or ()]
+
+
+def compared(results: Results) -> str:
+    """Stages beside each other: how much higher their numbers are, clip by clip."""
+    body = ""
+    for name, other in dict.fromkeys((one["stage"], one["beside"]) for one in pairs(results)):
+        cells = "".join(f"<td>{pointed(differences(results, name, other, group))}</td>" for group in DIFFERENCES)
+        title = f"{title_of(results, name)} beside {title_of(results, other)}"
+        body += f'<tr><th scope="row">{title}</th>{cells}</tr>'
+    heads = ["Difference, in points", *DIFFERENCES.values()]
+    return f'{grid(heads, body)}<p class="note">{DIFFERENCES_NOTE}</p>' if body else ""
+
+
+def pointed(found: Sequence[tuple[float, ...]]) -> str:
+    """A difference in points, and in small its interval or, of several seeds, in how many it may be chance."""
+    if not found:
+        return "–"
+    if len(found) == 1:
+        ((shift, low, high),) = found
+        return f"{shift:+.1f}<small>{low:+.1f} to {high:+.1f}</small>"
+    seeds, unsure = [shift for shift, _, _ in found], sum(low <= 0.0 <= high for _, low, high in found)
+    small = f"{min(seeds):+.1f} to {max(seeds):+.1f}" + (f"; chance? {unsure} of {len(found)}" if unsure else "")
+    return f"{fmean(seeds):+.1f}<small>{small}</small>"
 
 
 def title_of(results: Results, name: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import kokanee
+from kokanee.events import Counts, Rates, difference
 from kokanee.formats import read_json
 from kokanee.steps import Step, ended, seconds_of
 
@@ -23,6 +24,15 @@ TITLES = {
     "ce": "Cross-entropy alone",
     "continued": "SFT continued",
 }
+COMPARED = (
+    ("gdpo", "dpo"),
+    ("mrdpo", "sft"),
+    ("ce", "sft"),
+    ("continued", "sft"),
+    ("rebirth", "sft"),
+    ("rebirth", "mrdpo"),
+    ("rebirth", "continued"),
+)
 FALL, KEPT, POINTS = 40.0, 80.0, 1.0  # goals: mrDPO's fall, what rebirth keeps of it (per cent), and loses of QA
 
 
@@ -44,6 +54,7 @@ def results(settings: dict[str, Any], out: Path, steps: Sequence[Step]) -> dict[
         "exam": {"clips": first["settings"]["clips"], "seed": exam_seed(out)},
         "annotators": figures(first["marks"][0]),
         "stages": stages,
+        "compared": [compared(found, *names) for names in COMPARED if all(known_by_clip(found, n) for n in names)],
         "rounds": rounds(out / "6-mrdpo"),
         "ce_rounds": rounds(out / "ce") if (out / "ce").is_dir() else [],
         "rebirth": {**rebirth["captions"], "steps": read_json(out / "7-rebirth" / "state.json")["recipe"]["steps"]},
@@ -79,6 +90,27 @@ def stage_of(marks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     asked = sum(greedy["questions_by_kind"].values())
     answers = {"right": greedy["answers"], "low": low, "high": high, "questions": asked, "by_kind": kinds}
     return {"greedy": figures(greedy), "sampled": figures(sampled), "local": figures(local), "qa": answers}
+
+
+def known_by_clip(found: dict[str, Any], name: str) -> bool:
+    """Whether a stage was marked, and clip by clip (before version 0.1 it was not)."""
+    return name in found and all("by_clip" in marks for marks in found[name]["marks"])
+
+
+def compared(found: dict[str, Any], name: str, other: str) -> dict[str, Any]:
+    """How much higher a stage's numbers are than another's, in points, with the 95 % interval of that over clips."""
+    _, *ours = found[name]["marks"]
+    _, *theirs = found[other]["marks"]
+    pairs = dict(zip(("greedy", "sampled", "local"), zip(ours, theirs, strict=True), strict=True))
+    made = {group: more(*pair, "by_clip", lambda rates: rates.total) for group, pair in pairs.items()}
+    answers = more(*pairs["greedy"], "wrong_by_clip", lambda rates: 100.0 - rates.missed)
+    return {"stage": name, "beside": other, **made, "qa": answers}
+
+
+def more(ours: dict[str, Any], theirs: dict[str, Any], counted: str, of: Callable[[Rates], float]) -> dict[str, float]:
+    """How much higher a rate of these marks is than of those."""
+    counts, others = ([Counts(*clip) for clip in marks[counted]] for marks in (ours, theirs))
+    return dict(zip(("more", "low", "high"), difference(counts, others, of), strict=True))
 
 
 def figures(marks: dict[str, Any]) -> dict[str, float]:
