@@ -154,7 +154,8 @@ def test_a_question_finds_its_file_by_any_path_and_others_are_left_alone(tiny, d
     choice = {"video": "first.mp4", "question": "What?", "options": ["A. a cat", "B. a dog"], "answer": "B"}
     found = data("first.mp4", questions=write(tmp_path / "mc.jsonl", [choice]))
     clips = FileClips(*tiny, found, tmp_path / "store", "What happens?")
-    assert clips.task(0, 1, "key").questions == (("What?", "a dog"),)
+    ((text, answer),) = clips.task(0, 1, "key").questions
+    assert text.startswith("What?\nA. a cat\nB. a dog\n") and answer == "B", "as kokanee qa asks by letter"
 
 
 @pytest.mark.parametrize(

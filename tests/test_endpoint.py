@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from kokanee.endpoint import Asker, BudgetSpent, Endpoint, Stop, Unanswered, each, proxy_of, retry_after_s
+from kokanee.endpoint import Asker, BudgetSpent, Endpoint, Stop, Unanswered, Unreachable, each, proxy_of, retry_after_s
 from kokanee.errors import KokaneeError
 from kokanee.replies import Replies
 from model_server import completion, garbage, half, late, serving, silence, status
@@ -101,7 +101,39 @@ def test_a_refusal_is_not_asked_again(served, code):
 
 def test_a_server_that_is_not_there_is_told():
     (error,), _ = ask(endpoint("http://127.0.0.1:9/v1", attempts=2), ["a"])
-    assert isinstance(error, Unanswered) and "Cannot connect" in str(error)
+    assert isinstance(error, Unreachable) and "Cannot connect" in str(error)
+
+
+def test_questions_that_reach_nobody_end_the_asking_and_only_many_in_a_row():
+    def outcomes(*kinds: type[KokaneeError] | None) -> list[object]:
+        """What comes of jobs that end so, until no more are asked."""
+        found = []
+
+        async def work(kind: type[KokaneeError] | None) -> str:
+            if kind is not None:
+                raise kind("nobody")
+            return "good"
+
+        async def all_of_them() -> None:
+            async for _, result in each(kinds, work, 1):
+                found.append(result)
+
+        asyncio.run(all_of_them())
+        return found
+
+    assert len(outcomes(*[None, *[Unreachable] * 7] * 3)) == 24
+    with pytest.raises(Stop, match="8 questions in a row reached nobody"):
+        outcomes(None, *[Unreachable] * 8, None)
+    assert len(outcomes(None, *[Unanswered] * 20)) == 21
+
+
+def test_an_answer_that_never_began_is_not_asked_for_again(served):
+    """A model that thinks used up all its tokens; the same question would end the same way."""
+    server, url = served
+    server.answer = lambda request: ""
+    server.trouble = [lambda s, r: (200, completion("").replace(b'"stop"', b'"length"'), {})]
+    (error,), asker = ask(endpoint(url, max_tokens=9), ["a"])
+    assert isinstance(error, Unanswered) and "used up its 9 tokens" in str(error) and asker.asked == 1
 
 
 def test_a_server_that_dies_in_the_middle_loses_nothing_that_was_said(tmp_path):

@@ -10,7 +10,7 @@ from kokanee import exam as exam_module
 from kokanee.captioner import Captioner
 from kokanee.captions import Decoding
 from kokanee.errors import KokaneeError
-from kokanee.events import rates
+from kokanee.events import Counts, rates
 from kokanee.exam import PROMPT, answers, exam, facts_in, mark, parts_of, watch
 from kokanee.formats import read_jsonl
 from kokanee.world.facts import Fact, exact
@@ -75,6 +75,8 @@ def test_the_exam_marks_annotators_and_model_and_counts_right_answers(tiny, clip
     assert found[1].rates == mark("greedy", truths, captions[1]).rates
     assert found[1].answers == 100.0 and set(found[1].answers_by_kind.values()) == {100.0}
     assert found[1].answers_interval == (100.0, 100.0)
+    assert sum(found[1].by_clip, Counts(0, 0, 0, 0)).n_events == sum(map(len, truths)) and len(found[1].by_clip) == 3
+    assert [clip.n_events for clip in found[1].wrong_by_clip] == [len(record["questions"]) for record in records]
     assert sum(found[1].questions_by_kind.values()) == sum(len(record["questions"]) for record in records)
 
 
@@ -90,6 +92,7 @@ def test_a_full_exam_holds_what_the_single_ones_hold_and_every_interval(tiny, cl
     assert [one.name for one in marks] == ["annotators", "greedy", "temperature 1", "every 2 s"]
     assert [marks[:2], captions[:2]] == list(exam(*tiny, clips))
     assert captions[2] == exam(*tiny, clips, temperatures=[1.0], seed=3)[1][1]
+    assert (marks, captions) == exam(*tiny, clips, temperatures=[0.0, 1.0], every_s=2.0, seed=3, batch_size=1)
     records = read_jsonl(clips / "samples.jsonl")
     parts = parts_of(records, 2.0)
     captioner = Captioner(*tiny)

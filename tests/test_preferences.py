@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from kokanee import prefix
 from kokanee.adapting import adapted
 from kokanee.clips import WorldClips, WorldData
 from kokanee.errors import KokaneeError
 from kokanee.preferences import Lesson, Preferences, Weights
-from kokanee.prefix import branch_attention_in
+from kokanee.prefix import branch_attention_in, branch_mask
 from kokanee.prompt import IGNORED, Turn
 from kokanee.recipes import Training
 from kokanee.train import train
@@ -76,8 +77,12 @@ def by_hand(objective: Preferences, numbers: list[int]) -> torch.Tensor:
     return loss - weights.qa_weight * torch.cat(answers).mean() if answers else loss
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["branches", "masked"])
 @pytest.mark.parametrize("loss", ["gdpo", "dpo", "ce"])
-def test_one_packed_pass_has_the_loss_and_gradients_of_separate_passes(make, loss):
+def test_one_packed_pass_has_the_loss_and_gradients_of_separate_passes(make, loss, masked, monkeypatch):
+    """Also where it is one masked call a layer, as on an accelerator."""
+    if masked:
+        monkeypatch.setattr(prefix, "short_mask", lambda segments, heads: branch_mask(segments))
     objective = make(Weights(loss, 0.3, 0.2, 0.4)).eval()
     rows = [len(lesson.pairs) for lesson in objective.lessons]
     objective.reference = [torch.linspace(-90, -80, 2 * count).view(-1, 2) for count in rows]

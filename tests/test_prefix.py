@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from kokanee.layout import Block
-from kokanee.prefix import PADDING, branch_attention_in, branch_mask, collate_packed, pack, packed_log_probs
+from kokanee.prefix import PADDING, branch_attention_in, branch_mask, collate_packed, pack, packed_log_probs, short_mask
 from kokanee.processor import Turn
 from kokanee.prompt import IGNORED
 
@@ -253,3 +253,13 @@ def test_the_attention_of_branches_is_there_only_while_it_is_wanted(tiny, conver
         separate_branches(model, conversations, shared, media)
     assert model.language_model.config._attn_implementation == before
     separate_branches(model, conversations, shared, media)
+
+
+def test_an_accelerator_gets_one_masked_call_for_short_sequences_alone():
+    segments = torch.tensor([[0, 0, 1, 1, 2, PADDING]])
+    assert short_mask(segments, 2) is None, "a CPU computes no pairs in vain"
+    there = segments.to("meta")
+    mask = short_mask(there, 2)
+    assert mask is not None and mask.shape == (1, 1, 6, 6)
+    assert short_mask(torch.zeros(1, 2**13, dtype=torch.int64, device="meta"), 1) is not None
+    assert short_mask(torch.zeros(1, 2**13 + 1, dtype=torch.int64, device="meta"), 1) is None

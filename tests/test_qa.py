@@ -10,26 +10,27 @@ from pathlib import Path
 import pytest
 import torch
 
+from kokanee.captioner import Captioner
 from kokanee.captions import Decoding
 from kokanee.clips import watch
 from kokanee.endpoint import Endpoint
-from kokanee.errors import KokaneeError
+from kokanee.errors import KokaneeError, memory_said
 from kokanee.exam import answers
 from kokanee.prompt import IGNORED, Turn
 from kokanee.qa import (
-    SENTENCE,
+    LESS,
     Answered,
     Marked,
     ModelExaminee,
     ServedExaminee,
     accuracy,
+    after_thought,
     askable,
     default_way,
     examined,
     groups,
-    lettered,
 )
-from kokanee.questions import Question, Video, by_video
+from kokanee.questions import SENTENCE, Question, Video, by_video, lettered
 from kokanee.remote import FrameSettings, RemoteCaptioner
 from model_server import serving, status
 
@@ -222,6 +223,9 @@ def test_intervals_hold_the_accuracy_and_are_over_files():
             assert share.interval[0] <= share.percent <= share.interval[1]
         rng.shuffle(answered)
         assert accuracy(answered) == found
+    all_right, all_wrong = (accuracy(marked({f"{n}": [good] * 2 for n in range(20)})).overall for good in (True, False))
+    assert all_right.interval == (pytest.approx(83.157, abs=1e-3), 100.0), "0.025 of 20 files, each right by 0.83157"
+    assert all_wrong.interval == (0.0, pytest.approx(100 - all_right.interval[0]))
     one = accuracy(marked({"0": [True, False, False, True]})).overall
     assert one.files == 1 and one.interval == (one.percent, one.percent) == (50.0, 50.0)
     alike = {
@@ -267,6 +271,57 @@ def test_a_server_is_asked_the_same_words_and_what_it_says_is_marked(media):
         words = [lettered(question) if way == "letter" else question.question for question in asked()]
         assert sorted(map(last_text, server.requests)) == sorted(words)
         assert all(one.log_probs == () for answered in found.values() for one in answered.answers)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("**B**", "B"),
+        ("<think>\nA? No, it is (B).\n</think>\n\n(B)", "(B)"),
+        ("Answer: B. a dog", "B. a dog"),
+        ("**The correct answer is:** B", "B"),
+        ("the final answer is `b`", "b"),
+        ("an answer to B", "an answer to B"),
+        ("A dog barks, the answer is B", "A dog barks, the answer is B"),
+        ("answer", "answer"),
+        ("", ""),
+    ],
+)
+def test_what_a_server_says_is_read_after_its_thoughts_and_announcements(text, said):
+    assert after_thought(text) == said
+
+
+def no_memory(*words, **more):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 is full.")
+
+
+def test_a_video_too_large_for_the_memory_stops_no_other(tiny, media, monkeypatch):
+    """Questions that do not fit together are asked one by one, and one that does not fit is told with the remedy."""
+    examinee, videos = ModelExaminee(*tiny, "text", 4), by_video(asked(), media)
+    whole, log_probs, encode = list(examinee.each(videos)), ModelExaminee.log_probs, tiny[0].encode_media
+
+    def few(self, some):
+        return no_memory() if len(some) > 1 else log_probs(self, some)
+
+    monkeypatch.setattr(ModelExaminee, "log_probs", memory_said(LESS)(few))
+    found = list(examinee.each(videos))
+    assert [[one.right for one in answered.answers] for answered in found] == [
+        [one.right for one in answered.answers] for answered in whole
+    ]
+    monkeypatch.setattr(tiny[0], "encode_media", lambda **media: encode(**media) if len(media) < 3 else no_memory())
+    found = list(examinee.each(videos))
+    assert [bool(one.error) for one in found] == [True, False, False], "only the first has pictures and sound"
+    assert "too little memory" in found[0].error and "max_frames" in found[0].error
+
+
+def test_a_still_image_is_shown_as_one(tiny, media):
+    captioner = Captioner(*tiny)
+    view = watch(*tiny, media / "still.png")
+    assert view.block.kind == "image" and set(view.media) == {"image_embeds"}
+    said = answers(*tiny, [(view, "What is it?")], Decoding(max_new_tokens=5))
+    assert said == [captioner.caption(media / "still.png", "What is it?", max_new_tokens=5).text]
+    with pytest.raises(KokaneeError, match="still image and has no intervals"):
+        watch(*tiny, media / "still.png", 0.0, 1.0)
 
 
 def test_equal_questions_are_asked_once_and_all_marked(media):

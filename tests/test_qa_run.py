@@ -147,3 +147,35 @@ def test_a_server_is_asked_only_what_is_missing(videos):
         other = ServedExaminee(RemoteCaptioner(Endpoint("n", url)), "letter", 1)
         with pytest.raises(KokaneeError, match="model: 'openai:m' before, 'openai:n' now"):
             begin(other, videos, videos / "part")
+
+
+class Noting(ServedExaminee):
+    """Notes the videos in the order in which they are asked about, and what the folder holds meanwhile."""
+
+    def each(self, videos):
+        self.asked.append([video.file for video in videos])
+        self.seen.append(sorted(path.name for path in self.out.iterdir()))
+        with pytest.raises(KokaneeError, match="Another process works in"):
+            begin(replace(self), self.videos, self.out)
+        yield from super().each(videos)
+
+
+def test_a_run_begun_again_is_alone_has_no_old_scores_and_tries_last_what_failed(videos, monkeypatch):
+    monkeypatch.setattr("kokanee.formats.LOCK_WAIT_S", 0.1)
+    (videos / "first.mp4").write_text("no video")
+    with serving(lambda request: "A") as (_, url):
+        examinee = Noting(RemoteCaptioner(Endpoint("m", url)), "letter", 1)
+        Noting.asked, Noting.seen, Noting.videos, Noting.out = [], [], videos, videos / "out"
+        some = [video for video in by_video(QUESTIONS, videos) if video.file != "silent.mp4"]
+        run(videos / "out", examinee, some, settings_of(examinee, QUESTIONS, videos))
+        assert (videos / "out" / "scores.json").is_file()
+        begin(examinee, videos, videos / "out")
+    assert Noting.asked == [["first.mp4", "second.mp4"], ["silent.mp4", "first.mp4"]]
+    assert all("scores.json" not in names for names in Noting.seen)
+
+
+def test_half_a_first_record_is_no_record(examinee, videos):
+    whole = begin(examinee, videos, videos / "out")
+    path = videos / "out" / "answers.jsonl"
+    path.write_text(path.read_text()[:20])
+    assert begin(examinee, videos, videos / "out") == whole and len(read_jsonl(path)) == 3

@@ -9,7 +9,7 @@ import pytest
 
 from kokanee.errors import KokaneeError
 from kokanee.formats import append_jsonl
-from kokanee.questions import Question, by_video, is_right, of_world, plain, read_questions
+from kokanee.questions import Question, by_video, in_words, is_right, lettered, of_world, plain, read_questions
 from kokanee.world.make import MakeSettings, record
 from kokanee.world.scene import sample_scene
 
@@ -192,3 +192,11 @@ def test_names_without_an_ending_are_of_the_one_file_so_called(tmp_path):
         by_video([Question("two", "What?", "x")], tmp_path)
     with pytest.raises(KokaneeError, match="None of the 1 videos is in"):
         by_video(questions[-1:], tmp_path)
+
+
+def test_options_that_are_learnt_have_letters():
+    question = Question("a.mp4", "What barks?", "a dog", options=("a cat", "a dog"))
+    assert in_words(question) == (lettered(question), "B")
+    assert in_words(Question("a.mp4", "What barks?", "a dog")) == ("What barks?", "a dog")
+    with pytest.raises(KokaneeError, match="has 27 options, but there are 26 letters"):
+        in_words(Question("a.mp4", "What barks?", "0", options=tuple(map(str, range(27)))))

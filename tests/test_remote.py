@@ -169,6 +169,14 @@ def test_a_server_that_refuses_all_ends_the_run(served, pictures, tmp_path):
     assert len(server.requests) < 12
 
 
+def test_a_server_that_is_not_there_is_told_at_once_and_only_where_something_is_to_be_asked(pictures, tmp_path):
+    with serving(told) as (_, url):
+        made = captioner(url).caption_files(pictures, tmp_path / "out.jsonl")
+    with pytest.raises(KokaneeError, match=r"cannot be reached.*Start the server"):
+        captioner(url).caption_files(pictures, tmp_path / "other.jsonl")
+    assert captioner(url).caption_files(pictures, tmp_path / "out.jsonl").captioned == made.captioned == 12
+
+
 @pytest.mark.parametrize("trouble", [[status(400)] * 11, [status(500)] * 33, [status(401)] * 7])
 def test_files_that_fail_do_not_end_the_run(served, pictures, tmp_path, trouble):
     """The server does not take them, fails at them, or refuses fewer than eight."""

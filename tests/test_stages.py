@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from kokanee.checkpoints import load
 from kokanee.errors import KokaneeError
+from kokanee.formats import UNFINISHED, alone_in
 from kokanee.recipes import Recipe
 from kokanee.stages import fresh_model, gates, make_objective, run_stage, world_texts
 from kokanee.train import CHECKPOINT, choose
@@ -179,3 +180,13 @@ def test_settings_of_samples_that_a_stage_has_not_are_refused(recipe):
         run_stage(recipe("sound encoder", data={"seen": 1.0}), None)  # pyright: ignore[reportArgumentType]
     with pytest.raises(KokaneeError, match="unknown setting 'trainn'"):
         run_stage(recipe("conversations", data={"trainn": "x"}), None)  # pyright: ignore[reportArgumentType]
+
+
+def test_two_runs_do_not_share_a_folder_and_what_killed_ones_left_is_removed(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("kokanee.formats.LOCK_WAIT_S", 0.1)
+    (tmp_path / f".checkpoint.safetensors.1{UNFINISHED}").write_text("half")
+    settings = recipe("sound encoder")
+    with alone_in(tmp_path), pytest.raises(KokaneeError, match="Another process works in"):
+        run_stage(settings, tmp_path)
+    run_stage(settings, tmp_path)
+    assert (tmp_path / "model").is_dir() and not list(tmp_path.glob(f".*{UNFINISHED}"))

@@ -22,25 +22,29 @@ def nothing(told: Told) -> None:
     pass
 
 
+def here(step: Step) -> str:
+    return "here"
+
+
 def test_steps_are_done_once_and_in_order(tmp_path):
     steps = [Step("one", "", (GOOD,), 1.0), Step("two", "", (GOOD, GOOD), 2.0, together=2)]
     told: list[Told] = []
-    assert run_steps(steps, tmp_path, 1, "here", told.append) == 2
+    assert run_steps(steps, tmp_path, 1, here, told.append) == 2
     assert [(record["name"], record["device"]) for record in records(tmp_path)] == [("one", "here"), ("two", "here")]
     assert list(dict.fromkeys((one.number, one.step.name) for one in told)) == [(1, "one"), (2, "two")]
     for log in ("one.txt", "two.txt", "two-2.txt"):
         assert (tmp_path / "logs" / log).read_text().startswith("$ kokanee --version\nkokanee ")
-    assert run_steps(steps, tmp_path, 1, "here", nothing) == 0
+    assert run_steps(steps, tmp_path, 1, here, nothing) == 0
 
 
 def test_a_step_that_fails_says_why_and_is_the_next_to_be_done(tmp_path):
     steps = [Step("good", "", (GOOD,), 1.0), Step("bad", "", (BAD, GOOD), 1.0), Step("last", "", (GOOD,), 1.0)]
     with pytest.raises(KokaneeError, match=r"bad: nowhere\.yaml is not there.* is in .*bad\.txt"):
-        run_steps(steps, tmp_path, 1, "here", nothing)
+        run_steps(steps, tmp_path, 1, here, nothing)
     assert [(record["name"], record["ended"]) for record in records(tmp_path)] == [("good", True), ("bad", False)]
     assert "--version" not in (tmp_path / "logs" / "bad.txt").read_text()
     mended = [steps[0], Step("bad", "", (GOOD,), 1.0), steps[2]]
-    assert run_steps(mended, tmp_path, 1, "here", nothing) == 2
+    assert run_steps(mended, tmp_path, 1, here, nothing) == 2
 
 
 def test_what_a_command_says_of_its_error_is_told_and_not_what_an_earlier_one_said(tmp_path):
@@ -67,21 +71,21 @@ def test_a_command_that_a_signal_ended_says_so(tmp_path):
 def test_a_command_whose_file_is_there_is_not_called_again(tmp_path):
     (tmp_path / "one.json").touch()
     step = Step("marks", "", (BAD, GOOD), 1.0, together=2, made=("one.json", "two.json"))
-    assert run_steps([step], tmp_path, 1, "here", nothing) == 1
+    assert run_steps([step], tmp_path, 1, here, nothing) == 1
     assert [path.name for path in (tmp_path / "logs").iterdir()] == ["marks-2.txt"]
 
 
 def test_a_step_that_is_to_make_more_than_it_did_is_done_again(tmp_path):
     (tmp_path / "one.json").touch()
     one, two = (Step("marks", "", (GOOD,) * count, 1.0, made=("one.json", "two.json")[:count]) for count in (1, 2))
-    assert run_steps([one], tmp_path, 1, "here", nothing) == 1 and run_steps([one], tmp_path, 1, "here", nothing) == 0
-    assert run_steps([two], tmp_path, 1, "here", nothing) == 1 and (tmp_path / "logs" / "marks-2.txt").is_file()
+    assert run_steps([one], tmp_path, 1, here, nothing) == 1 and run_steps([one], tmp_path, 1, here, nothing) == 0
+    assert run_steps([two], tmp_path, 1, here, nothing) == 1 and (tmp_path / "logs" / "marks-2.txt").is_file()
     assert minutes_left([two], tmp_path, two) == 1.0
 
 
 def test_half_a_record_of_a_killed_writer_stops_nothing(tmp_path):
     (tmp_path / "steps.jsonl").write_text('{"name": "on')
-    assert run_steps([Step("one", "", (GOOD,), 1.0)], tmp_path, 1, "here", nothing) == 1
+    assert run_steps([Step("one", "", (GOOD,), 1.0)], tmp_path, 1, here, nothing) == 1
     assert len(records(tmp_path)) == 1
 
 

@@ -20,18 +20,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from kokanee.conversations import block_of, digest
-from kokanee.errors import KokaneeError
+from kokanee.errors import KokaneeError, memory_said
 from kokanee.events import AtomicEvent
 from kokanee.features import Features, read_store
+from kokanee.files import is_image
 from kokanee.formats import append_jsonl, read_jsonl, replaced_file
 from kokanee.ground_truth import Truth, place, read_ground_truth
 from kokanee.layout import Block
+from kokanee.media import read_image
 from kokanee.model import Kokanee
 from kokanee.predictions import FileNames, read_predictions
 from kokanee.prefix import Sample
 from kokanee.processor import Processor
 from kokanee.prompt import Turn
-from kokanee.questions import read_questions
+from kokanee.questions import in_words, read_questions
 from kokanee.world.annotators import Bias, annotate
 from kokanee.world.facts import exact, facts_of
 from kokanee.world.language import write
@@ -39,6 +41,7 @@ from kokanee.world.questions import CAPTION_PROMPTS, ask
 from kokanee.world.scene import Split, sample_scene
 
 UNREADABLE = "unreadable-{}.jsonl"
+LESS_SHOWN = "Show less of a file: fewer frames (max_frames), smaller ones (max_pixels), or a shorter part of it."
 GroundTruthCaption = Literal["annotated", "exact"]
 
 
@@ -339,26 +342,23 @@ def questions_of(path: Path, files: Sequence[str]) -> dict[str, list[tuple[str, 
     for asked in read_questions(path):
         same = names.same(asked.file)
         if same is not None:
-            found[same].append((asked.question, asked.answer))
+            found[same].append(in_words(asked))
     if not found:
         raise KokaneeError(f"No question of {path} is about a file that has a caption. Check the files' names.")
     return dict(found)
 
 
+@memory_said(LESS_SHOWN)
 @torch.no_grad()
 def watch(
     model: Kokanee, processor: Processor, path: Path, start_s: float | None = None, end_s: float | None = None
 ) -> View:
-    """Read a file, or a part of it, and run the encoders."""
-    clip = processor.read(path, start_s, end_s)
-    sample = processor.prepare(clip, [Turn("user", "")])
-    names = ("pixel_values_videos", "video_grid_thw", "input_features")
-    media = model.encode_media(**{name: sample[name].to(model.device) for name in names if name in sample})
-    n_audio = len(media["audio_embeds"]) if "audio_embeds" in media else 0
-    if "video_grid_thw" not in sample:
-        return View(Block("audio", n_audio_tokens=n_audio), media)
-    t, h, w = sample["video_grid_thw"][0].tolist()
-    return View(Block("video", (t, h, w), clip.step_s, n_audio), media)
+    """Read a file, or a part of it, and run the encoders. A still image is read as one, and has no parts."""
+    if is_image(path) and (start_s is not None or end_s is not None):
+        raise KokaneeError(f"{path} is a still image and has no intervals. Leave start and end out.")
+    medium = read_image(path) if is_image(path) else processor.read(path, start_s, end_s)
+    block, tensors = processor.medium(medium)
+    return View(block, model.encode_media(**{name: value.to(model.device) for name, value in tensors.items()}))
 
 
 def version_of(path: Path) -> list[int] | None:

@@ -1,9 +1,9 @@
 """Questions to a language model behind an OpenAI-compatible endpoint (OpenAI, vLLM, llama.cpp, Ollama and the like).
 
-Every reply is kept in a file by the content of its question, so that a second run asks nothing and a killed run asks
-only what is missing. At most `concurrency` questions are under way; what is busy, late or broken is asked again after
-growing waits; a budget of tokens or of money stops the asking cleanly. The key comes from the environment and is
-written nowhere.
+Every reply is kept, in a file where one is given, by the content of its question: a second run asks nothing then, and a
+killed run only what is missing. At most `concurrency` questions are under way; what is busy, late or broken is asked
+again after growing waits; a budget of tokens or of money stops the asking cleanly. The key comes from the environment
+and is written nowhere.
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ Result = TypeVar("Result")
 
 class Unanswered(KokaneeError):
     """A question that got no usable answer, and why."""
+
+
+class Unreachable(Unanswered):
+    """Nobody listens at the server's address, whatever is asked."""
 
 
 class Stop(KokaneeError):
@@ -209,6 +213,7 @@ class Asker:
     async def _ask(self, key: str, messages: list[Message], seed: int, schema: dict[str, Any] | None) -> Reply:
         end, wait_s, pause_s, reason = self.endpoint, self.endpoint.wait_s, 0.0, ""
         without, failures = False, 0  # without: a schema, for this question
+        unanswered = Unanswered
         while failures < end.attempts:
             if failures:
                 await asyncio.sleep(max(pause_s, wait_s * random.uniform(0.5, 1.0)))
@@ -216,6 +221,7 @@ class Asker:
             await self.turn()
             self.check_budget(messages)
             limit, sent = self.limit, schema if self.schemas and not without else None
+            unanswered = Unanswered
             self._under_way += 1
             try:
                 reply = await self._once(messages, seed, sent)
@@ -233,6 +239,8 @@ class Asker:
                     raise self._refused(error) from error
             except TimeoutError:
                 reason = f"nothing for {end.timeout_s:g} s"
+            except aiohttp.ClientConnectorError as error:
+                reason, unanswered = self.said(error), Unreachable
             except (aiohttp.ClientError, ValueError) as error:
                 reason = self.said(error)
             else:
@@ -241,11 +249,16 @@ class Asker:
                 self.replies.put(key, reply)
                 if reply.text:
                     return reply
+                if not reply.finished:
+                    raise Unanswered(
+                        f"{end.model} used up its {end.max_tokens} tokens without a word of an answer. Allow it more, "
+                        "or have it think less."
+                    )
                 reason = "an empty reply"
             finally:
                 self._under_way -= 1
             failures += 1
-        raise Unanswered(f"{end.model} gave no answer in {end.attempts} attempts (last: {reason}).")
+        raise unanswered(f"{end.model} gave no answer in {end.attempts} attempts (last: {reason}).")
 
     def check_budget(self, messages: list[Message]) -> None:
         """Raise `BudgetSpent` where a budget is used up, or would be by what is under way.
@@ -378,7 +391,8 @@ async def each(
     """Each job with its result as it is done, or the `KokaneeError` that it raised; `concurrency` jobs at a time.
 
     After `Stop` no job is begun any more; those under way are finished. Whoever takes no more cancels them. Raises
-    `Stop` where none of the first results, twice `concurrency` and at least 8, is an answer: there will be none.
+    `Stop` where none of the first results, twice `concurrency` and at least 8, is an answer, and where so many one
+    after the other are `Unreachable`: there will be none.
     """
     waiting, stopped = iter(jobs), False
     done: asyncio.Queue[tuple[Job, Result | KokaneeError] | asyncio.Future[None]] = asyncio.Queue()
@@ -399,12 +413,16 @@ async def each(
         task.add_done_callback(done.put_nowait)
     try:
         at_work, failures, hopeless = len(workers), 0, max(FEWEST_FAILURES, 2 * concurrency)
+        unreached = 0
         while at_work:
             found = await done.get()
             if isinstance(found, asyncio.Future):
                 found.result()  # raises what no job may raise
                 at_work -= 1
                 continue
+            unreached = unreached + 1 if isinstance(found[1], Unreachable) else 0
+            if unreached == hopeless:
+                raise Stop(f"{hopeless} questions in a row reached nobody: {found[1]}")
             if failures is not None:
                 failures = failures + 1 if isinstance(found[1], Unanswered) else None
                 if failures == hopeless:

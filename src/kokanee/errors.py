@@ -15,6 +15,10 @@ class KokaneeError(ValueError):
     """A mistake in the input: its text says the problem, the reason and the remedy."""
 
 
+class TooLittleMemory(KokaneeError):
+    """A device's memory does not suffice; less at once may fit."""
+
+
 def reasons(error: ValidationError, model: type[BaseModel]) -> str:
     """What pydantic found wrong in the settings of `model`: each setting by its whole name, unknown ones with the
     known one that is meant, or with all that there are."""
@@ -75,4 +79,4 @@ def memory_said(remedy: str) -> Iterator[None]:
         if not isinstance(error, OutOfMemoryError):
             raise
         problem = str(error).partition(". GPU")[0]
-        raise KokaneeError(f"The device has too little memory ({problem}). {remedy}") from error
+        raise TooLittleMemory(f"The device has too little memory ({problem}). {remedy}") from error

@@ -28,6 +28,7 @@ LESS = (
     "load the model in bfloat16 (--dtype bfloat16; in a recipe dtype)."
 )
 NO_TOKEN = -1
+DRAWN = 64
 UNFINISHED_CHARACTER = "\ufffd"
 
 
@@ -150,7 +151,14 @@ def uniform_numbers(decoding: Decoding, keys: Sequence[str], n_samples: int) -> 
         for key in (keys if decoding.temperature else ())
         for sample in range(n_samples)
     ]
-    return lambda rows: torch.cat([torch.rand(1, generator=streams[row]) for row in rows])
+    ahead: list[list[float]] = [[] for _ in streams]  # drawn some at a time: a call for each costs more than the number
+
+    def draw(rows: Sequence[int]) -> torch.Tensor:
+        for row in rows:
+            ahead[row] = ahead[row] or torch.rand(DRAWN, generator=streams[row]).tolist()[::-1]
+        return torch.tensor([ahead[row].pop() for row in rows])
+
+    return draw
 
 
 def check_finite(logits_RV: torch.Tensor, step: int) -> None:

@@ -262,13 +262,13 @@ class Processor:
         if media is None:
             return self.prepare_ids(turns)
         media = [media] if isinstance(media, (Clip, np.ndarray)) else media
-        prepared = [self._medium(medium) for medium in media]
+        prepared = [self.medium(medium) for medium in media]
         prompt = self.writer.write(turns, [block for block, _ in prepared])
         tensors = {id(block): tensors for block, tensors in prepared}
         return {**_sample(prompt), **_concatenate([tensors[id(block)] for block in prompt.placed])}
 
-    def _medium(self, medium: Medium) -> tuple[Block, Sample]:
-        """The block of one medium and its tensors."""
+    def medium(self, medium: Medium) -> tuple[Block, Sample]:
+        """The block of one medium, and its tensors, as the model's `encode_media` takes them."""
         if isinstance(medium, np.ndarray):
             check_frame(medium)
             pixels_PD, grid_thw = self.pixels([resize(medium, *self.image_size(*medium.shape[:2]))])

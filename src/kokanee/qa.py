@@ -6,8 +6,8 @@ There are three ways (`Way`) of asking:
   and punctuation at its end (`questions.is_right`).
 - "text": the bare question, and each option as its answer. Chosen is the option of the highest log-probability: the
   sum over its tokens, the end token included and not divided by their number.
-- "letter": the question, the options with letters, one a line, and `SENTENCE`. Chosen is the letter whose first token
-  is the likeliest, as published benchmarks of options have it.
+- "letter": the question, the options with letters, one a line, and `questions.SENTENCE`. Chosen is the letter whose
+  first token is the likeliest, as published benchmarks of options have it.
 
 Options are computed in one pass, packed behind one prompt (`prefix.py`), and no option sees another. A server tells no
 log-probabilities of options (`ServedExaminee`): by "letter" it is asked the same, and what it says is marked.
@@ -17,6 +17,7 @@ Axes: N label tokens, B questions of a batch, O options of a question at most.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +30,7 @@ import torch
 from kokanee.captions import Caption, Decoding, FileCaptioner, Request
 from kokanee.clips import View, watch
 from kokanee.conversations import shared_length
-from kokanee.errors import KokaneeError, memory_said
+from kokanee.errors import KokaneeError, TooLittleMemory, memory_said
 from kokanee.events import OTHER, Counts, interval
 from kokanee.exam import answers
 from kokanee.losses import answer_log_probs
@@ -37,13 +38,16 @@ from kokanee.model import EMBED_INPUTS, Kokanee
 from kokanee.prefix import Sample, branch_attention_in, collate_packed, pack, packed_log_probs
 from kokanee.processor import Processor
 from kokanee.prompt import IGNORED, Turn
-from kokanee.questions import LETTERS, Question, Video, by_video, is_right, of_world
+from kokanee.questions import LETTERS, Question, Video, by_video, is_right, lettered, of_world
 from kokanee.weights import fingerprint
 
 Way = Literal["answer", "text", "letter"]
-SENTENCE = "Answer with the option's letter from the given choices directly."
 ANSWER_TOKENS, LETTER_TOKENS = 16, 4
+ALPHA = 0.05
 SERVED_TOKENS = 4096  # some models of servers think before they answer
+ANNOUNCED = re.compile(
+    r"^[*_`\s]*(?:the\s+)?(?:correct\s+|final\s+)?answer(?:\s+is)?[*_`]*\s*:?[*_`\s]*", re.IGNORECASE
+)
 LESS = "Ask fewer questions at once (--batch-size 1), or load the model in bfloat16 (--dtype bfloat16)."
 
 
@@ -73,8 +77,9 @@ class Answered:
 class Share:
     """How many of the questions about some files were answered rightly.
 
-    interval: in per cent, 95 % of bootstrap samples of the files lie in it. chance: right answers in per cent where one
-    of the options is drawn, None where not all questions have some.
+    interval: in per cent, 95 % of bootstrap samples of the files lie in it; where all answers are right, or all wrong,
+    so that every sample is the same, that of Clopper and Pearson for as many independent files. chance: right answers
+    in per cent where one of the options is drawn, None where not all questions have some.
     """
 
     right: int
@@ -162,7 +167,7 @@ class ServedExaminee(Examinee):
         error = next((str(one) for one in found if isinstance(one, KokaneeError)), "")
         if error:
             return Answered(video, (), error)
-        said = [one[0].text for one in found if isinstance(one, list)]
+        said = [after_thought(one[0].text) for one in found if isinstance(one, list)]
         marked = (Marked(q, text, is_right(text, q)) for q, text in zip(video.questions, said, strict=True))
         return Answered(video, tuple(marked))
 
@@ -189,15 +194,30 @@ class ModelExaminee(Examinee):
         """The videos in their order, each watched once and all its questions marked."""
         self.model.eval()
         for group in groups(videos, self.batch_size):
-            seen = [self.watched(video) for video in group]
-            asked = [
-                (view, q) for view, v in zip(seen, group, strict=True) if isinstance(view, View) for q in v.questions
-            ]
-            parts = [asked[at : at + self.batch_size] for at in range(0, len(asked), self.batch_size)]
-            marked = iter([one for part in parts for one in self.marked(part)])
-            for video, view in zip(group, seen, strict=True):
-                error = view if isinstance(view, str) else ""
-                yield Answered(video, () if error else tuple(next(marked) for _ in video.questions), error)
+            try:
+                made = self.together(group)
+            except TooLittleMemory:
+                made = [self.alone(video) for video in group]
+            yield from made
+
+    def together(self, videos: Sequence[Video]) -> list[Answered]:
+        """Some videos, their questions computed together."""
+        seen = [self.watched(video) for video in videos]
+        asked = [(view, q) for view, v in zip(seen, videos, strict=True) if isinstance(view, View) for q in v.questions]
+        parts = [asked[at : at + self.batch_size] for at in range(0, len(asked), self.batch_size)]
+        marked = iter([one for part in parts for one in self.marked(part)])
+        found = []
+        for video, view in zip(videos, seen, strict=True):
+            error = view if isinstance(view, str) else ""
+            found.append(Answered(video, () if error else tuple(next(marked) for _ in video.questions), error))
+        return found
+
+    def alone(self, video: Video) -> Answered:
+        """A video by itself, question by question; without answers, where the memory does not suffice for that."""
+        try:
+            return replace(self, batch_size=1).together([video])[0]
+        except TooLittleMemory as error:
+            return Answered(video, (), str(error))
 
     def watched(self, video: Video) -> View | str:
         """What the encoders make of a video, or why it cannot be read."""
@@ -258,10 +278,12 @@ class ModelExaminee(Examinee):
         return pack(samples, shared_length(samples))
 
 
-def lettered(question: Question) -> str:
-    """A question with its options and what to do with them."""
-    options = [f"{letter}. {option}" for letter, option in zip(LETTERS, question.options, strict=False)]
-    return "\n".join([question.question, *options, SENTENCE])
+def after_thought(text: str) -> str:
+    """What a server's model says after it has thought aloud, without the marks of emphasis around it and the words with
+    which an answer is announced."""
+    said = text.rpartition("</think>")[2].strip()
+    announced = ANNOUNCED.match(said)
+    return said[announced.end() if announced else 0 :].strip("*_` \n") or text
 
 
 def groups(videos: Sequence[Video], size: int) -> Iterator[list[Video]]:
@@ -337,4 +359,8 @@ def share(by_file: Mapping[str, Sequence[Marked]]) -> Share:
     asked, wrong = sum(count.n_events for count in counts), sum(count.missed for count in counts)
     sizes = [len(answer.question.options) for some in marked for answer in some]
     chance = 100.0 * sum(1 / size for size in sizes) / asked if sizes and all(sizes) else None
-    return Share(asked - wrong, asked, len(marked), interval(counts, lambda rates: 100.0 - rates.missed), chance)
+    between = interval(counts, lambda rates: 100.0 - rates.missed)
+    if marked and wrong in (0, asked):
+        unsure = 100.0 * (1.0 - (ALPHA / 2) ** (1 / len(marked)))
+        between = (0.0, unsure) if wrong else (100.0 - unsure, 100.0)
+    return Share(asked - wrong, asked, len(marked), between, chance)

@@ -21,6 +21,7 @@ from kokanee.files import MEDIA
 from kokanee.formats import read_jsonl
 
 LETTERS = ascii_uppercase
+SENTENCE = "Answer with the option's letter from the given choices directly."
 SAMPLES = "samples.jsonl"
 QUESTIONS = "questions"
 FILE = ("file", "video", "video_path", "video_file", "video_name", "file_name", "filename", "videoid", "video_id")
@@ -197,6 +198,27 @@ def is_right(said: str, question: Question) -> bool:
     if any(same(said, text) for text in (question.answer, *question.options)):
         return same(said, question.answer)
     return meanings(said, question.options) == {question.answer}
+
+
+def lettered(question: Question) -> str:
+    """A question with its options and what to do with them."""
+    options = [f"{letter}. {option}" for letter, option in zip(LETTERS, question.options, strict=False)]
+    return "\n".join([question.question, *options, SENTENCE])
+
+
+def in_words(question: Question) -> tuple[str, str]:
+    """What is asked and the right answer: where there are options, these with letters, and the letter of the right one.
+
+    Raises `KokaneeError` for more options than letters.
+    """
+    if not question.options:
+        return question.question, question.answer
+    if len(question.options) > len(LETTERS):
+        raise KokaneeError(
+            f"{question.question!r} has {len(question.options)} options, but there are {len(LETTERS)} letters. "
+            "Take the question out."
+        )
+    return lettered(question), LETTERS[question.options.index(question.answer)]
 
 
 def by_video(questions: Sequence[Question], folder: Path) -> list[Video]:

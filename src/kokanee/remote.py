@@ -16,6 +16,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Itera
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kokanee.captions import Caption, Decoding, FileCaptioner, Medium, Prepared, Request, stream_seed
 from kokanee.defaults import Defaults
-from kokanee.endpoint import Asker, Endpoint, Message, Stop, Unanswered, each, running
+from kokanee.endpoint import Asker, Endpoint, Message, Stop, Unanswered, Unreachable, each, running
 from kokanee.errors import KokaneeError, reasons
 from kokanee.media import Clip, read_clip
 from kokanee.sampling import RATE_HZ, Sampling
@@ -114,7 +115,8 @@ class RemoteCaptioner(FileCaptioner):
         """As the frame says, but `batch_size` questions are under way at any time; one that waits holds up none.
 
         Raises `KokaneeError` where the server refuses the first questions, twice `batch_size` and at least 8, for good
-        (a wrong key, an unknown model).
+        (a wrong key, an unknown model), and where nobody listens at its address, at the first question or, later, at so
+        many in a row.
         """
         return driven(self._answers(requests, self.prepare, decoding, n_samples, batch_size))
 
@@ -141,8 +143,13 @@ class RemoteCaptioner(FileCaptioner):
             made = await asyncio.gather(*map(one, range(n_samples)), return_exceptions=True)
             return [raised(caption) for caption in made]
 
+        jobs = iter(jobs)
+        first = next(jobs, None)
+        if first is None:
+            return
+        await asyncio.to_thread(self.endpoint.check_reachable)
         async with Asker(replace(self.endpoint, **how, concurrency=concurrency)) as asker:
-            async for found in each(jobs, captions, concurrency):
+            async for found in each(chain([first], jobs), captions, concurrency):
                 yield found
 
     async def _ask(self, asker: Asker, part: Prepared, decoding: Decoding, number: int) -> Caption:
@@ -151,8 +158,11 @@ class RemoteCaptioner(FileCaptioner):
         try:
             reply = await asker.reply(part.sample, seed)
         except KokaneeError as error:
+            told = self._explained(str(error), part.sample)
+            if isinstance(error, Unreachable):
+                raise Unreachable(told) from error
             kind = Unanswered if isinstance(error, Stop) else KokaneeError  # else another file may have an answer
-            raise kind(self._explained(str(error), part.sample)) from error
+            raise kind(told) from error
         return Caption(
             text=reply.text.strip(),
             start_s=part.start_s,

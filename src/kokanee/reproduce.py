@@ -11,6 +11,7 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def reproduce(settings: Settings, out: Path, report: Report, beside: Sequence[Pa
                 text = yaml.safe_dump(sized_for(settings, recipe), sort_keys=False)
                 write_text(out / RECIPES / f"{name}.yaml", text)
         steps = steps_of(settings)
-        done = run_steps(steps, out, THREADS, device_name(settings), report)
+        done = run_steps(steps, out, THREADS, partial(device_name, settings, out), report)
         there = (out / RESULTS).is_file()
         if done or not there:
             made = {"changed": changed, "without": list(settings.without)}
@@ -149,9 +150,13 @@ def check_recipes(settings: Settings, recipes: dict[str, dict[str, Any]]) -> Non
             checked(Mix, made.data, f"{name}, data")
 
 
-def device_name(settings: Settings) -> str:
-    """What the steps are computed on."""
-    if settings.device != "cuda":
+def device_name(settings: Settings, out: Path, step: Step) -> str:
+    """What a step is computed on: training as its recipe says, which may have been begun on another device."""
+
+    def on_gpu(words: Sequence[str]) -> bool:
+        return read_yaml(out / words[1]).get("device") != "cpu" if words[0] == "train" else "cuda" in words
+
+    if settings.device != "cuda" or not any(map(on_gpu, step.commands)):
         return f"{os.cpu_count()} cores, {platform.machine()}"
     import torch
 
@@ -250,15 +255,18 @@ def recipes_of(settings: Settings) -> dict[str, dict[str, Any]]:
 
 
 def sized_for(settings: Settings, recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe for this device and so many processes, with the same number of clips in a step, and held out."""
+    """A recipe for this device and so many processes, with the same number of clips in a step, and held out. Fewer
+    processes than the recipe has make its batches one after the other; more make smaller ones, which are other batches.
+    """
     if "stage" not in recipe:
         return recipe
     all_at_once = QUICK_BATCH if settings.quick else recipe["batch_size"] * recipe["processes"]
-    if all_at_once % settings.processes:
+    batches = settings.processes if settings.quick else max(settings.processes, recipe["processes"])
+    if all_at_once % batches or batches % settings.processes:
         raise KokaneeError(f"{all_at_once} clips cannot be shared by {settings.processes} processes. Give 1, 2 or 4.")
-    batch_size = all_at_once // settings.processes
+    batch_size = all_at_once // batches
     held_out = recipe["evaluate_batches"] * (batch_size if settings.quick else recipe["batch_size"])
-    sizes = {"processes": settings.processes, "batch_size": batch_size}
+    sizes = {"processes": settings.processes, "batch_size": batch_size, "accumulate": batches // settings.processes}
     sizes["evaluate_batches"] = max(1, held_out // batch_size)
     if settings.device == "cuda":
         sizes |= {"device": "auto", "workers": min(GPU_WORKERS, max(0, (os.cpu_count() or 1) - 2))}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,8 @@ from kokanee.conversations import Conversations, Mix
 from kokanee.defaults import Defaults, origin
 from kokanee.encoders import SoundLabels, VisualLabels
 from kokanee.errors import KokaneeError
-from kokanee.formats import read_json
+from kokanee.formats import alone_in, read_json, remove_unfinished
+from kokanee.launch import is_main
 from kokanee.model import Kokanee, KokaneeConfig
 from kokanee.processor import Processor, ProcessorConfig
 from kokanee.recipes import Recipe, checked, read_yaml
@@ -55,16 +56,20 @@ class Sizes(BaseModel):
 
 
 def run_stage(recipe: Recipe, folder: Path, report: Report | None = None) -> dict[str, float]:
-    """Train one stage in `folder` and leave the model in `folder/model`; the last step's figures (see `train`)."""
+    """Train one stage in `folder` and leave the model in `folder/model`; the last step's figures (see `train`). Raises
+    `KokaneeError` where another process works in the folder."""
     torch.manual_seed(recipe.seed)
     model, processor = starting_model(recipe.model)
     objective = make_objective(recipe, model, processor)
     start = {"weights": fingerprint(model), "processor": fingerprint_of(processor)}
-    figures = train(objective, recipe, folder, choose(objective, recipe.train), report, start)
-    objective.finish()
-    if int(os.environ.get("RANK", "0")) == 0:
-        save(model.eval(), processor, folder / "model")
-        starting_defaults(recipe.model).save(folder / "model")
+    trained = choose(objective, recipe.train)
+    with alone_in(folder) if is_main() else contextlib.nullcontext():
+        figures = train(objective, recipe, folder, trained, report, start)
+        objective.finish()
+        if is_main():
+            remove_unfinished(folder)  # what killed runs left half written: the folder is this run's
+            save(model.eval(), processor, folder / "model")
+            starting_defaults(recipe.model).save(folder / "model")
     return figures
 
 

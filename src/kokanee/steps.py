@@ -55,9 +55,9 @@ class Told:
 Report = Callable[[Told], None]
 
 
-def run_steps(steps: Sequence[Step], folder: Path, threads: int, device: str, report: Report) -> int:
+def run_steps(steps: Sequence[Step], folder: Path, threads: int, device: Callable[[Step], str], report: Report) -> int:
     """Do what is not done yet, with `folder` as the working directory; how many steps that were. `threads`: of each
-    process; `device`: what to note that it ran on.
+    process; `device`: what to note that a step ran on.
 
     `report` is called at the beginning of each step and while it is under way. Raises `KokaneeError` with what a
     command said when it failed.
@@ -78,7 +78,7 @@ def run_steps(steps: Sequence[Step], folder: Path, threads: int, device: str, re
             ended_well = True
         finally:
             seconds = round(time.monotonic() - started, 1)
-            record = {"name": step.name, "seconds": seconds, "ended": ended_well, "device": device}
+            record = {"name": step.name, "seconds": seconds, "ended": ended_well, "device": device(step)}
             append_jsonl(folder / DONE, [record])
     return len(left)
 
