@@ -100,8 +100,33 @@ def test_a_refusal_is_not_asked_again(served, code):
 
 
 def test_a_server_that_is_not_there_is_told():
-    (error,), _ = ask(endpoint("http://127.0.0.1:9/v1", attempts=2), ["a"])
-    assert isinstance(error, Unreachable) and "Cannot connect" in str(error)
+    """At once where it never was, and after all attempts where it was."""
+    (error,), asker = ask(endpoint("http://127.0.0.1:9/v1"), ["a"])
+    assert isinstance(error, Stop) and asker.asked == 0
+    assert "127.0.0.1:9/v1 cannot be reached ([Errno 111]" in str(error) and "Start the server" in str(error)
+
+    async def run() -> None:
+        with serving(echo) as (_, url):
+            asker = Asker(endpoint(url, attempts=2))
+            await asker.ask(said("a"))
+            await asker.close()
+        with pytest.raises(Unreachable, match=r"cannot be reached .*Start the server"):
+            await asker.ask(said("b"))
+        assert asker.asked == 3
+        await asker.close()
+
+    asyncio.run(run())
+
+
+def test_what_is_no_such_server_is_told_soon(served):
+    server, url = served
+    page = lambda server, request: (200, b"<html>It works!</html>", {})  # noqa: E731
+    server.trouble = [page] * 20
+    (error,), asker = ask(endpoint(url), ["a"])
+    assert isinstance(error, Stop) and "does not speak OpenAI's protocol (no JSON, but '<html>It" in str(error)
+    assert asker.asked == 3 and "ends in /v1" in str(error)
+    server.trouble = [page] * 2
+    assert ask(endpoint(url), ["a"])[0] == ["you said: a"]
 
 
 def test_questions_that_reach_nobody_end_the_asking_and_only_many_in_a_row():

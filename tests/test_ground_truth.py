@@ -107,3 +107,13 @@ def test_anything_else_is_refused(tmp_path, name, text):
 def test_the_published_format_is_json_whatever_it_holds_beside(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([]))
     assert read_ground_truth(tmp_path / "a.json").truths == [] and GroundTruth([]).of(Prediction("a", "")) is None
+
+
+def test_a_folder_of_the_world_is_its_clips_and_what_is_no_json_is_told_as_that(tmp_path, world):
+    assert read_ground_truth(tmp_path).truths == world.truths
+    (tmp_path / "broken.json").write_text('[{"video": "0.mp4", "events": [}]')
+    with pytest.raises(KokaneeError, match=r"broken\.json is not JSON \(Expecting value.*Mend it"):
+        read_ground_truth(tmp_path / "broken.json")
+    (tmp_path / "other.json").write_text('[{"video": "0.mp4"}]')
+    with pytest.raises(KokaneeError, match=r"is not like the published test set.*Give such a list"):
+        read_ground_truth(tmp_path / "other.json")

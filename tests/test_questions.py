@@ -190,7 +190,7 @@ def test_names_without_an_ending_are_of_the_one_file_so_called(tmp_path):
     ]
     with pytest.raises(KokaneeError, match=r"may be two\.mkv or two\.mp4"):
         by_video([Question("two", "What?", "x")], tmp_path)
-    with pytest.raises(KokaneeError, match="None of the 1 videos is in"):
+    with pytest.raises(KokaneeError, match=r"None of the 1 videos is there \(such as none, looked for in"):
         by_video(questions[-1:], tmp_path)
 
 

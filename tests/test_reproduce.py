@@ -22,12 +22,15 @@ from kokanee.reproduce import (
     PRETRAINING,
     Settings,
     check_recipes,
+    checked_settings,
+    device_name,
     recipes_of,
     reproduce,
     shipped_recipes,
     sized_for,
     steps_of,
 )
+from kokanee.results import COMPARED
 
 NANO = Path(__file__).parent.parent / "recipes" / "nano"
 
@@ -160,6 +163,44 @@ def test_what_has_not_begun_may_change_and_what_has_stays_as_it_is(idle, tmp_pat
         reproduce(Settings(), tmp_path, print)
 
 
+def test_a_control_that_is_done_cannot_be_left_out_any_more(idle, tmp_path):
+    reproduce(Settings(without=("dpo",)), tmp_path, print)
+    (tmp_path / "ce").mkdir()
+    reproduce(Settings(without=("ce",)), tmp_path, print)
+    (tmp_path / "ce" / "metrics.json").write_text("{}")
+    reproduce(Settings(without=("dpo",)), tmp_path, print)
+    with pytest.raises(KokaneeError, match=r"has the control ce already.*Leave --without ce away"):
+        reproduce(Settings(without=("ce",)), tmp_path, print)
+
+
+def test_where_nothing_is_done_yet_settings_are_checked_against_the_folder_too(idle, tmp_path):
+    """As a call that only shows the commands does."""
+    reproduce(Settings(start="nano-sft"), tmp_path / "out", print)
+    before = (tmp_path / "out" / "state.json").read_text()
+    for other, said in ((Settings(), "from: 'nano-sft' before, None now"), (Settings(seed=1), "seed: 0 before, 1 now")):
+        with pytest.raises(KokaneeError, match=said):
+            checked_settings(other, tmp_path / "out")
+    checked_settings(Settings(start="nano-sft", processes=1), tmp_path / "out")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(KokaneeError, match=r"is a file\. Give a folder"):
+        checked_settings(Settings(), tmp_path / "file")
+    assert (tmp_path / "out" / "state.json").read_text() == before and not (tmp_path / "new").exists()
+
+
+def test_a_step_is_noted_with_the_device_that_it_ran_on(idle, tmp_path, monkeypatch):
+    """Features, files and merged weights are made on the processor; a recipe that was begun there stays there."""
+    reproduce(Settings(), tmp_path, print)
+    (tmp_path / "5-sft").mkdir()
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    settings = Settings(device="cuda", processes=1)
+    reproduce(settings, tmp_path, print)
+    on_gpu = [step.name for step in steps_of(settings) if device_name(settings, tmp_path, step) == "a GPU"]
+    assert on_gpu == ["1-see", "2-hear", "3-base", "4-align", "6-mrdpo", "7-rebirth", "controls", "marks"]
+    assert {device_name(Settings(), tmp_path, step) for step in steps_of(Settings())} == {
+        device_name(settings, tmp_path, steps_of(settings)[2])
+    }
+
+
 def test_a_folder_can_be_moved(idle, tmp_path):
     """Nothing in it says where it is, so that a step under way goes on too."""
     reproduce(Settings(), tmp_path / "one", print)
@@ -214,11 +255,15 @@ def test_the_quick_path_is_killed_goes_on_ends_and_is_finished_then(tmp_path):
     assert all(stage[group]["total"] > 0 for stage in found["stages"] for group in ("greedy", "sampled", "local"))
     assert all(stage["qa"]["questions"] > 0 for stage in found["stages"])
     assert [row["round"] for row in found["rounds"]] == [row["round"] for row in found["ce_rounds"]] == [0, 1, 2]
-    assert {one["name"] for one in found["times"]} == set(steps) and len(found["goals"]) == 5
+    assert {one["name"] for one in found["times"]} == set(steps)
+    assert [goal["reached"] for goal in found["goals"]] == [None] * 5, "a quick run shows nothing"
+    assert [(pair["stage"], pair["beside"]) for pair in found["compared"]] == list(COMPARED)
     written = (out / "report.html").read_text()
     assert "A quick run" in written and f"{found['stages'][4]['greedy']['total']:.1f}" in written
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and again.stdout == done.stdout and "nothing was left to do" in again.stderr
     changed = subprocess.run([*command, "--set", "5-sft.steps=41"], capture_output=True, text=True)
     assert changed.returncode == 1 and "5-sft.steps: 40 before, 41 now" in changed.stderr
+    shown = subprocess.run([*command, "--seed", "1", "--dry-run"], capture_output=True, text=True)
+    assert shown.returncode == 1 and "seed: 0 before, 1 now" in shown.stderr
     assert yaml.safe_load((out / "recipes" / "5-sft.yaml").read_text())["steps"] == 40

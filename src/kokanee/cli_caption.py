@@ -167,7 +167,10 @@ def caption(
     from kokanee.captions import Decoding, check_samples
 
     Decoding(**how)
-    check_samples(samples, temperature)
+    try:
+        check_samples(samples, temperature)
+    except KokaneeError as error:
+        raise typer.BadParameter(str(error), param_hint="--temperature") from None
     if model.startswith(OPENAI):
         captioner = remote_captioner(model, base_url, batch_size, replaced)
     else:

@@ -72,7 +72,7 @@ def reproduce(
     if start is not None and Path(start).is_dir():
         start = str(Path(start).resolve())  # steps are done in the reproduction's own folder
     settings = Settings(model, seed, quick, start, device, count, tuple(changed), tuple(without or ()))
-    checked_settings(settings, beside or ())
+    checked_settings(settings, out, beside or ())
     if dry_run:
         say(f"in {out}, with recipes that are written there when it begins:")
         for step in steps_of(settings):

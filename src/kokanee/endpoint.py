@@ -32,6 +32,7 @@ from kokanee.replies import Replies, Reply
 LONGEST_WAIT_S = 60.0
 CONNECT_S = 10.0
 FEWEST_FAILURES = 8
+NOT_SPOKEN = 3  # replies without JSON, where there was none with it, that show that the server is another kind
 LETTERS_A_TOKEN = 4  # about, in English
 BUSY = frozenset((408, 409, 425, 429))
 NOT_THIS = frozenset((400, 413, 422))
@@ -56,6 +57,10 @@ class Stop(KokaneeError):
 
 class BudgetSpent(Stop):
     """No question is asked any more: the budget is used up."""
+
+
+class NoJson(ValueError):
+    """A reply that is no JSON, as from something that is no such server."""
 
 
 class Refused(Exception):
@@ -132,9 +137,7 @@ class Endpoint:
             port = parts.port or (443 if parts.scheme == "https" else 80)
             socket.create_connection((parts.hostname or "", port), timeout=CONNECT_S).close()
         except (OSError, ValueError) as error:
-            raise KokaneeError(
-                f"{self.server} cannot be reached ({error}). Start the server, or check its address and the network."
-            ) from error
+            raise KokaneeError(unreached(self.server, str(error))) from error
 
 
 class Asker:
@@ -144,6 +147,7 @@ class Asker:
         self.endpoint, self.replies = endpoint, Replies(replies)
         self.asked = self._under_way = 0
         self.schemas, self.limit = True, "max_tokens"
+        self._reached = self._spoken = False  # the server, and it, in JSON
         self._next_s = 0.0
         self._waiting: dict[str, asyncio.Future[Reply]] = {}
         self._session: aiohttp.ClientSession | None = None
@@ -212,6 +216,7 @@ class Asker:
 
     async def _ask(self, key: str, messages: list[Message], seed: int, schema: dict[str, Any] | None) -> Reply:
         end, wait_s, pause_s, reason = self.endpoint, self.endpoint.wait_s, 0.0, ""
+        await self.reach()
         without, failures = False, 0  # without: a schema, for this question
         unanswered = Unanswered
         while failures < end.attempts:
@@ -240,10 +245,18 @@ class Asker:
             except TimeoutError:
                 reason = f"nothing for {end.timeout_s:g} s"
             except aiohttp.ClientConnectorError as error:
-                reason, unanswered = self.said(error), Unreachable
+                reason, unanswered = self.said(error.os_error), Unreachable
+            except NoJson as error:
+                reason = self.said(error)
+                if not self._spoken and failures + 1 >= min(NOT_SPOKEN, end.attempts):
+                    raise Stop(
+                        f"{end.server} does not speak OpenAI's protocol ({reason}). Check its address, which often "
+                        "ends in /v1."
+                    ) from error
             except (aiohttp.ClientError, ValueError) as error:
                 reason = self.said(error)
             else:
+                self._spoken = True
                 self.schemas = self.schemas and not without
                 self.check_counted(reply)
                 self.replies.put(key, reply)
@@ -258,7 +271,18 @@ class Asker:
             finally:
                 self._under_way -= 1
             failures += 1
-        raise unanswered(f"{end.model} gave no answer in {end.attempts} attempts (last: {reason}).")
+        if unanswered is Unreachable:
+            raise Unreachable(unreached(end.server, reason))
+        raise Unanswered(f"{end.model} at {end.server} gave no answer in {end.attempts} attempts (last: {reason}).")
+
+    async def reach(self) -> None:
+        """Raise `Stop` where nobody listens at the server's address, before anything is asked."""
+        if not self._reached:
+            try:
+                await asyncio.to_thread(self.endpoint.check_reachable)
+            except KokaneeError as error:
+                raise Stop(str(error)) from error
+            self._reached = True
 
     def check_budget(self, messages: list[Message]) -> None:
         """Raise `BudgetSpent` where a budget is used up, or would be by what is under way.
@@ -273,9 +297,8 @@ class Asker:
         share = self._under_way / max(1, replies.n_paid)
         coming = share * tokens if replies.n_paid else self._under_way * letters / LETTERS_A_TOKEN
         if end.budget_tokens is not None and tokens + coming >= end.budget_tokens:
-            raise BudgetSpent(
-                f"The budget of {end.budget_tokens} tokens is used up ({tokens}{more}). Raise it to go on."
-            )
+            spent = f"is used up ({tokens}{more})" if tokens else f"does not suffice ({coming:.0f} are under way)"
+            raise BudgetSpent(f"The budget of {end.budget_tokens} tokens {spent}. Raise it to go on.")
         if end.budget_money is None or end.prices is None:
             return
         money_coming = share * self.money if replies.n_paid else coming * end.prices[0] / 1e6
@@ -329,7 +352,7 @@ class Asker:
             try:
                 found = json.loads(body)
             except ValueError:
-                raise ValueError(f"no JSON, but {body[:60]!r}") from None
+                raise NoJson(f"no JSON, but {body[:60].decode(errors='replace')!r}") from None
             return read_completion(found)
 
     def _refused(self, error: Refused) -> Stop:
@@ -344,6 +367,11 @@ class Asker:
         if self.endpoint.key:
             text = text.replace(self.endpoint.key, "***")
         return text if len(text) < 200 else f"{text[:200]}..."
+
+
+def unreached(server: str, reason: str) -> str:
+    """That nobody listens at an address."""
+    return f"{server} cannot be reached ({reason}). Start the server, or check its address and the network."
 
 
 def proxy_of(address: str) -> str | None:

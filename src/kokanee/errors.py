@@ -28,7 +28,7 @@ def reasons(error: ValidationError, model: type[BaseModel]) -> str:
         if item["type"] == "extra_forbidden":
             *path, last = key.split(".")
             names = list(around.model_fields) if around else []
-            near = difflib.get_close_matches(last, names, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(last, names, n=1, cutoff=0.6)
             whole = [".".join([*path, name]) for name in near or names]
             known = f"did you mean '{whole[0]}'?" if near else f"known: {', '.join(whole)}"
             phrases.append(f"unknown setting '{key}' ({known})")

@@ -23,6 +23,7 @@ from kokanee.world.facts import Fact, exact
 from kokanee.world.make import scene_of
 
 VERSION = 1
+SAMPLES = "samples.jsonl"  # of a folder of the world's clips
 SAME_S = 0.1  # an interval's ends may differ by this: players and readers round times
 
 
@@ -117,8 +118,9 @@ def truth_of_sample(sample: dict[str, Any], start_s: float | None = None, end_s:
 def read_ground_truth(path: str | Path) -> GroundTruth:
     """The ground truth in a file of any of the three kinds. Raises `KokaneeError` for anything else."""
     path = Path(path)
+    path = path / SAMPLES if path.is_dir() else path
     if not path.is_file():
-        raise KokaneeError(f"{path} is not there. Give a file of events.")
+        raise KokaneeError(f"{path} is not there. Give a file of events, or a folder of `kokanee world make`.")
     if path.suffix == ".json":
         return GroundTruth(read_published(path))
     records = read_jsonl(path)
@@ -131,10 +133,14 @@ def read_published(path: Path) -> list[Truth]:
     """The events of the published test set, whose kinds are not known."""
     try:
         items = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise KokaneeError(f"{path} is not JSON ({error}). Mend it, or let JSON lines end in .jsonl.") from error
+    try:
         found = [Truth(item["video"], tuple(AtomicEvent(text) for text in item["events"])) for item in items]
-    except (ValueError, TypeError, KeyError) as error:
+    except (TypeError, KeyError) as error:
         raise KokaneeError(
-            f'{path} is not like the published test set ([{{"video": ..., "events": [...]}}, ...]): {error!r}.'
+            f'{path} is not like the published test set: [{{"video": ..., "events": [...]}}, ...]. Give such a '
+            "list, or JSON lines (.jsonl)."
         ) from error
     if not all(isinstance(event.text, str) for truth in found for event in truth.events):
         raise KokaneeError(f"{path} has events that are no texts. Each must be a sentence.")

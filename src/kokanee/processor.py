@@ -89,7 +89,7 @@ class ProcessorConfig(BaseModel):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise KokaneeError(f"Wrong processor settings: {reasons(error, ProcessorConfig)}") from error
+            raise KokaneeError(f"Wrong processor settings: {reasons(error, ProcessorConfig)}. Mend them.") from error
 
     @model_validator(mode="after")
     def _check(self) -> ProcessorConfig:

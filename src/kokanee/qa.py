@@ -93,7 +93,9 @@ class Share:
         return 100.0 * self.right / max(1, self.asked)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"percent": self.percent, **asdict(self)}
+        """Ready for JSON. Where nothing was asked there is neither a share nor an interval."""
+        nothing = {} if self.asked else {"percent": None, "interval": None}
+        return {"percent": self.percent, **asdict(self), **nothing}
 
 
 @dataclass(frozen=True)

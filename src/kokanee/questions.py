@@ -245,7 +245,7 @@ def by_video(questions: Sequence[Question], folder: Path) -> list[Video]:
         found.setdefault(path_of(question.file), []).append(question)
     if not any(path.is_file() for path in found):
         raise KokaneeError(
-            f"None of the {len(found)} videos is in {folder} (such as {next(iter(found)).name}). "
+            f"None of the {len(found)} videos is there (such as {questions[0].file}, looked for in {folder}). "
             "Give the folder that their names start from (--videos)."
         )
     return [Video(some[0].file, path, tuple(some)) for path, some in found.items()]

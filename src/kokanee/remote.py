@@ -58,7 +58,7 @@ class FrameSettings(BaseModel):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise KokaneeError(f"Wrong settings of frames: {reasons(error, FrameSettings)}") from error
+            raise KokaneeError(f"Wrong settings of frames: {reasons(error, FrameSettings)}. Mend them.") from error
 
 
 class RemoteCaptioner(FileCaptioner):

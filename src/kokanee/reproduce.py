@@ -41,6 +41,7 @@ CONTROLS = {
 }
 CONTROL_MINUTES = {"continued": 18.0, "dpo": 8.0, "ce": 22.0}
 STATE, RESULTS, PAGE, RECIPES = "state.json", "results.json", "report.html", "recipes"
+FIGURES = "metrics.json"  # of a control that is done
 SFT = "5-sft/model"
 PRETRAINING = ("1-see", "2-hear", "3-base", "4-align", "5-sft")
 CLIPS, VALIDATION_CLIPS, EXAM_CLIPS, EXAM_SEED = 14_000, 500, 500, 7
@@ -103,7 +104,7 @@ def reproduce(settings: Settings, out: Path, report: Report, beside: Sequence[Pa
     `KokaneeError` where the folder holds a reproduction with other settings, saying which, where a recipe is wrong, and
     where a step fails.
     """
-    recipes, changed, others = checked_settings(settings, beside)
+    recipes, changed, others = checked_settings(settings, out, beside)
     with alone_in(out):
         claim(out, settings, recipes)
         for name, recipe in recipes.items():
@@ -122,7 +123,7 @@ def reproduce(settings: Settings, out: Path, report: Report, beside: Sequence[Pa
 
 
 def checked_settings(
-    settings: Settings, beside: Sequence[Path] = ()
+    settings: Settings, out: Path, beside: Sequence[Path] = ()
 ) -> tuple[dict[str, dict[str, Any]], list[str], list[dict[str, Any]]]:
     """The recipes, what they change in the shipped ones, and the results that the report is about as well. Raises
     `KokaneeError` for what is wrong with them, before anything is begun."""
@@ -130,6 +131,7 @@ def checked_settings(
     changed = differences(flat(recipes_of(replace(settings, changed=()))), flat(recipes))
     others = [comparable(read_results(folder), settings, changed, folder) for folder in beside]
     check_recipes(settings, recipes)
+    check_claim(out, settings, recipes)
     if settings.start is not None:
         identify(locate(settings.start))
     return recipes, changed, others
@@ -180,24 +182,44 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def claim(out: Path, settings: Settings, recipes: dict[str, dict[str, Any]]) -> None:
-    """Make the folder this reproduction's, or raise `KokaneeError` with what differs where it holds another one's. It
-    may go on with other processes or on another device, without a control or with it, and steps that have not begun may
-    have other recipes."""
+    """Make the folder this reproduction's; see `check_claim`. Steps that have begun keep their recipes."""
+    before = check_claim(out, settings, recipes)
+    kept = before["recipes"] | recipes if before else recipes
+    write_json(out / STATE, {"version": VERSION, "settings": chosen(settings), "recipes": kept})
+
+
+def chosen(settings: Settings) -> dict[str, Any]:
+    """What may not change meanwhile, by the names of the options."""
+    found = {name: value for name, value in to_jsonable_python(settings).items() if name not in FREE}
+    return {"from" if name == "start" else name: value for name, value in found.items()}
+
+
+def check_claim(out: Path, settings: Settings, recipes: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """What stands in the folder's state, if there is one. Raises `KokaneeError` where it holds something else, or a
+    reproduction with other settings, saying which. It may go on with other processes or on another device, without a
+    control that is not done or with one, and steps that have not begun may have other recipes."""
+    if out.exists() and not out.is_dir():
+        raise KokaneeError(f"{out} is a file. Give a folder (--out).")
     refuse_foreign(out, STATE)
-    chosen = {name: value for name, value in to_jsonable_python(settings).items() if name not in FREE}
-    known, state = out / STATE, {"version": VERSION, "settings": chosen, "recipes": recipes}
-    if known.is_file():
-        before = read_json(known)
-        old = {name: recipe for name, recipe in before["recipes"].items() if begun(out, name)}
-        now = {name: recipes.get(name, recipe) for name, recipe in old.items()}
-        differing = differences(before["settings"], chosen) or differences(flat(old), flat(now))
-        if differing:
-            raise KokaneeError(
-                f"{out} holds a reproduction with other settings ({'; '.join(differing)}). Continue with the old ones, "
-                "or choose another folder."
-            )
-        state["recipes"] = before["recipes"] | recipes
-    write_json(known, state)
+    if not (out / STATE).is_file():
+        return None
+    before = read_json(out / STATE)
+    old = {name: recipe for name, recipe in before["recipes"].items() if begun(out, name)}
+    now = {name: recipes.get(name, recipe) for name, recipe in old.items()}
+    was = {"from" if name == "start" else name: value for name, value in before["settings"].items()}
+    differing = differences(was, chosen(settings)) or differences(flat(old), flat(now))
+    if differing:
+        raise KokaneeError(
+            f"{out} holds a reproduction with other settings ({'; '.join(differing)}). Continue with the old ones, "
+            "or choose another folder."
+        )
+    done = [name for name in settings.without if (out / name / FIGURES).is_file()]
+    if done:
+        raise KokaneeError(
+            f"{out} has the control {done[0]} already, and its report tells of it. Leave --without {done[0]} away, or "
+            "choose another folder."
+        )
+    return before
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
@@ -314,7 +336,7 @@ def steps_of(settings: Settings) -> list[Step]:
     together = GPU_EXAMS if settings.device == "cuda" else QUICK_TOGETHER if settings.quick else settings.processes
     controls = [name for name in CONTROLS if name not in settings.without]
     minutes = sum(CONTROL_MINUTES[name] for name in controls)
-    written = tuple(f"{name}/metrics.json" for name in controls)
+    written = tuple(f"{name}/{FIGURES}" for name in controls)
     runs = tuple(map(command, controls)), minutes, QUICK_TOGETHER if settings.quick else 1, written
     steps = [
         training("1-see", "Encoder pretraining: sight", 22),

@@ -89,15 +89,25 @@ def about(results: Results) -> str:
     facts = {
         "Model": each([one.get("model") for one in results]),
         "Seeds" if len(results) > 1 else "Seed": each([one.get("seed") for one in results]),
-        "Began with": each(began),
+        "Began with": by_seed(results, began),
         "Exam": each([f"{one['clips']} clips, the same for every seed" for one in exams if one]),
         "Machine": each([f"{one['device']}, torch {one['torch']}" for one in machines if one]),
         "Changed": each([text for one in results for text in one.get("changed") or ()]),
-        "Left out": each([name for one in results for name in one.get("without") or ()]),
+        "Left out": by_seed(results, [", ".join(one.get("without") or ()) for one in results]),
         "Took": duration(fmean(took)) + (" a seed" if len(results) > 1 else "") if took else "",
         "Made by": each([f"kokanee {one['kokanee']}" for one in results if one.get("kokanee")]),
     }
     return "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items() if value)
+
+
+def by_seed(results: Results, told: Sequence[str]) -> str:
+    """What is told of each seed; once, where it is the same of all, else with the seeds that it is told of."""
+    if len(set(told)) == 1:
+        return told[0]
+    seeds: dict[str, list[str]] = defaultdict(list)
+    for text, one in zip(told, results, strict=True):
+        seeds[text].append(str(one.get("seed")))
+    return "; ".join(f"{text} (seed {', '.join(of)})" for text, of in seeds.items() if text)
 
 
 def outcome(results: Results) -> list[str]:

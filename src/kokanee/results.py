@@ -15,7 +15,7 @@ from kokanee.steps import Step, ended, seconds_of
 VERSION = 1
 MARKED = {"dpo": "dpo", "mrdpo": "6-mrdpo", "rebirth": "7-rebirth", "ce": "ce", "continued": "continued"}
 TITLES = {
-    "base": "Base, audio aligned",
+    "base": "Visual base",
     "sft": "SFT",
     "dpo": "DPO, one round",
     "gdpo": "gDPO, one round",
@@ -60,7 +60,10 @@ def results(settings: dict[str, Any], out: Path, steps: Sequence[Step]) -> dict[
         "rebirth": {**rebirth["captions"], "steps": read_json(out / "7-rebirth" / "state.json")["recipe"]["steps"]},
         "times": [{"name": s.name, "title": s.title, "seconds": took[s.name]} for s in steps if s.name in took],
     }
-    return made | {"goals": goals({stage["name"]: stage for stage in stages})}
+    reached = goals({stage["name"]: stage for stage in stages})
+    if settings["quick"]:  # which shows nothing
+        reached = [goal | {"reached": None} for goal in reached]
+    return made | {"goals": reached}
 
 
 def there(out: Path, name: str) -> bool:
