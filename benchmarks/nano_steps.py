@@ -1,14 +1,16 @@
-"""What a training step of each of nano's stages takes: making its batch, the step itself, and how many kernels it is.
+"""What a training step of each of nano's stages takes: making its batches, the step itself, and how many kernels it is.
 
     python benchmarks/nano_steps.py [--device cuda] [--repeats 10]
 
-The recipes of `recipes/nano/`, each with all clips of a step in one process, on `nano-sft` (of its sizes all stages
-are). On a GPU nano is too small for a step to take longer than telling the device what to do: its kernels count,
-however much each computes. Counted is what torch dispatches in forward and backward, without what only looks at a
-tensor in another way; reads are results that the processor waits for.
+The recipes of `recipes/nano/` on `nano-sft`, of whose sizes all stages are. On a CPU a step is that of one of the
+processes that share it, on one thread: one batch, made before it. On a GPU one process makes the batches of a step one
+after the other, and workers make them ahead, as in `kokanee reproduce nano`.
 
-`minutes`: steps of the recipe times what a step takes, or what making a batch takes if that is more, with as many
-workers as `kokanee reproduce nano` has on such a device; without evaluations, checkpoints, captions and imports.
+On a GPU nano is too small for a step to take longer than telling the device what to do: its kernels count, however
+much each computes. Counted is, of all batches of a step, what torch dispatches in forward and backward (without the
+optimizer), but for what only looks at a tensor in another way; reads are results that the processor waits for.
+
+`minutes`: the recipe's steps times what one takes; without evaluations, checkpoints, captions and imports.
 """
 
 from __future__ import annotations
@@ -128,24 +130,26 @@ def measured(name: str, objective: Objective, recipe: Training, repeats: int, de
     """A line of the table."""
 
     def batch_of(number: int) -> Batch:
-        return objective.batch("train", number, recipe.batch_size * recipe.processes)
+        return objective.batch("train", number, recipe.batch_size)
 
     objective.train()
     count, reads = kernels_of(objective, batch_of(0))
     objective.to(device)
     weights = [one for one in objective.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-6, fused=True)
+    in_a_step = recipe.processes if device == "cuda" else 1
     batches: list[Batch] = []
 
     def make() -> None:
-        batches.append(batch_of(len(batches) + 1))
+        batches.extend(batch_of(len(batches) + 1) for _ in range(in_a_step))
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        loss, stats = objective({key: value.to(device) for key, value in batches[-1].items()})
-        loss.backward()
-        found = [float(value) for value in (loss.detach(), *stats.values())]
-        assert all(map(math.isfinite, [*found, float(torch.nn.utils.clip_grad_norm_(weights, recipe.clip))]))
+        for batch in batches[-in_a_step:]:
+            loss, stats = objective({key: value.to(device) for key, value in batch.items()})
+            (loss / in_a_step).backward()
+            assert all(math.isfinite(float(value)) for value in (loss.detach(), *stats.values()))
+        assert math.isfinite(float(torch.nn.utils.clip_grad_norm_(weights, recipe.clip)))
         optimizer.step()
 
     with packed(objective):
@@ -156,8 +160,8 @@ def measured(name: str, objective: Objective, recipe: Training, repeats: int, de
     each = max(making / GPU_WORKERS, stepping) if device == "cuda" else making + stepping
     rounds = recipe.rounds if isinstance(recipe, MrdpoRecipe) else 1
     cells = (name, f"{rounds} x {recipe.steps}" if rounds > 1 else recipe.steps, spread(seconds["making"]))
-    cells = (*cells, spread(seconds["step"]), count, reads, f"{rounds * recipe.steps * each / 60:.1f}")
-    return f"| {' | '.join(map(str, cells))} |"
+    cells = (*cells, spread(seconds["step"]), recipe.processes * count, recipe.processes * reads)
+    return f"| {' | '.join(map(str, cells))} | {rounds * recipe.steps * each / 60:.1f} |"
 
 
 def main() -> None:
@@ -165,8 +169,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     print(machine(options.device), "\n")
-    columns = ("stage", "steps", "making a batch, s", "a step, s", "kernels", "reads", "minutes")
+    columns = ("stage", "steps", "making its batches, s", "a step, s", "kernels", "reads", "minutes")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     with tempfile.TemporaryDirectory() as folder:
         for part, clips in CLIPS.items():

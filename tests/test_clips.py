@@ -249,3 +249,14 @@ def test_files_that_are_not_there_are_told_before_anything_is_captioned(tiny_che
     with serving(judged) as (server, url), pytest.raises(KokaneeError, match=told):
         run(recipe_of(found, tiny_checkpoint, url).model_copy(update={"clips": 3}), tmp_path / "run")
     assert not server.requests and not (tmp_path / "run" / "round-00").exists()
+
+
+def test_clips_of_the_world_are_heard_together_as_alone(tiny, tiny_stores, monkeypatch):
+    monkeypatch.setattr("kokanee.clips.HEARD_TOGETHER", 2)
+    clips, alone = (WorldClips(*tiny, WorldData(features=tiny_stores["train"]), "train") for _ in range(2))
+    clips.readable(range(len(clips)), nothing, (0, 1))
+    heard = {number: clips.heard[number] for number in range(len(clips))}
+    assert len(clips) > 2 and all(clips.view(number).media["audio_embeds"] is heard[number] for number in heard)
+    assert all(torch.allclose(alone.view(number).media["audio_embeds"], heard[number], atol=1e-6) for number in heard)
+    clips.forget([1])
+    assert set(clips.heard) == set(heard) - {1}

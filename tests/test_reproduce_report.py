@@ -196,7 +196,7 @@ def test_what_may_be_chance_is_told_by_the_differences_of_the_same_clips():
     assert row(text, "Rebirth beside mrDPO", small=True) == ["+0.2 to +0.8"] * 4
     both = page([result(compared=[sure]), result(1, compared=[unsure]), result(2)])
     assert row(both, "mrDPO beside SFT") == ["-1.0"] * 4
-    assert row(both, "mrDPO beside SFT", small=True) == ["-1.5 to -0.5; chance? 1 of 2"] * 4
+    assert row(both, "mrDPO beside SFT", small=True) == ["-1.5 to -0.5; chance? 1 of 2; 2 of 3 seeds"] * 4
     assert "beside SFT" not in page([result()])
 
 

@@ -40,6 +40,7 @@ from kokanee.world.language import write
 from kokanee.world.questions import CAPTION_PROMPTS, ask
 from kokanee.world.scene import Split, sample_scene
 
+HEARD_TOGETHER = 64  # clips of the world
 UNREADABLE = "unreadable-{}.jsonl"
 LESS_SHOWN = "Show less of a file: fewer frames (max_frames), smaller ones (max_pixels), or a shorter part of it."
 GroundTruthCaption = Literal["annotated", "exact"]
@@ -166,8 +167,9 @@ class WorldClips:
         return []
 
     def readable(self, numbers: Sequence[int], report: Callable[[int, int], None], share: tuple[int, int]) -> None:
-        for number in numbers:  # here, as processes that make batches may have no device
-            self.view(number)
+        missing = [number for number in numbers if number not in self.heard]
+        for at in range(0, len(missing), HEARD_TOGETHER):  # here, as processes that make batches may have no device
+            self.hear(missing[at : at + HEARD_TOGETHER])
 
     def failed(self) -> dict[int, str]:
         return {}
@@ -187,11 +189,17 @@ class WorldClips:
         return len(clip.audio_CSD) * self.model.config.audio_tokens_per_chunk
 
     @torch.no_grad()
+    def hear(self, numbers: Sequence[int]) -> None:
+        """Make the audio tokens of some clips, and keep them."""
+        states = [self.features[number].audio_CSD for number in numbers]
+        aligned_CTH = self.model.audio.align(torch.cat(states).to(self.model.device, self.model.dtype)).cpu()
+        for number, tokens_CTH in zip(numbers, aligned_CTH.split([len(one) for one in states]), strict=True):
+            self.heard[number] = tokens_CTH.flatten(0, 1).clone()  # its own, so that it can be given up alone
+
     def view(self, number: int) -> View:
         clip = self.features[number]
         if number not in self.heard:
-            states_CSD = clip.audio_CSD.to(self.model.device, self.model.dtype)
-            self.heard[number] = self.model.audio.align(states_CSD).flatten(0, 1).cpu()
+            self.hear([number])
         media = {"video_embeds": clip.video_ND.to(self.model.dtype), "audio_embeds": self.heard[number]}
         block = block_of(clip, "both", self.n_audio_tokens(clip))
         assert block is not None

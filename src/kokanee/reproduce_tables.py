@@ -155,23 +155,26 @@ def compared(results: Results) -> str:
     """Stages beside each other: how much higher their numbers are, clip by clip."""
     body = ""
     for name, other in dict.fromkeys((one["stage"], one["beside"]) for one in pairs(results)):
-        cells = "".join(f"<td>{pointed(differences(results, name, other, group))}</td>" for group in DIFFERENCES)
+        cells = "".join(
+            f"<td>{pointed(differences(results, name, other, group), len(results))}</td>" for group in DIFFERENCES
+        )
         title = f"{title_of(results, name)} beside {title_of(results, other)}"
         body += f'<tr><th scope="row">{title}</th>{cells}</tr>'
     heads = ["Difference, in points", *DIFFERENCES.values()]
     return f'{grid(heads, body)}<p class="note">{DIFFERENCES_NOTE}</p>' if body else ""
 
 
-def pointed(found: Sequence[tuple[float, ...]]) -> str:
+def pointed(found: Sequence[tuple[float, ...]], n_seeds: int) -> str:
     """A difference in points, and in small its interval or, of several seeds, in how many it may be chance."""
+    lacking = f"; {len(found)} of {n_seeds} seeds" if len(found) < n_seeds else ""
     if not found:
         return "–"
     if len(found) == 1:
         ((shift, low, high),) = found
-        return f"{shift:+.1f}<small>{low:+.1f} to {high:+.1f}</small>"
+        return f"{round(shift, 1) + 0.0:+.1f}<small>{low:+.1f} to {high:+.1f}{lacking}</small>"
     seeds, unsure = [shift for shift, _, _ in found], sum(low <= 0.0 <= high for _, low, high in found)
     small = f"{min(seeds):+.1f} to {max(seeds):+.1f}" + (f"; chance? {unsure} of {len(found)}" if unsure else "")
-    return f"{fmean(seeds):+.1f}<small>{small}</small>"
+    return f"{round(fmean(seeds), 1) + 0.0:+.1f}<small>{small}{lacking}</small>"
 
 
 def title_of(results: Results, name: str) -> str:
