@@ -10,6 +10,18 @@ import pytest
 
 from kokanee.reproduce_tables import lines
 
+DIFFERENCES = {
+    "questions, mrDPO beside SFT": ("mrdpo", "sft", "qa"),
+    "questions, rebirth beside SFT": ("rebirth", "sft", "qa"),
+    "questions, rebirth beside mrDPO": ("rebirth", "mrdpo", "qa"),
+    "questions, rebirth beside SFT continued": ("rebirth", "continued", "qa"),
+    "questions, SFT continued beside SFT": ("continued", "sft", "qa"),
+    "total, rebirth beside mrDPO": ("rebirth", "mrdpo", "greedy"),
+    "total at temperature 1, rebirth beside mrDPO": ("rebirth", "mrdpo", "sampled"),
+    "total, SFT continued beside SFT": ("continued", "sft", "greedy"),
+    "total, cross-entropy alone beside SFT": ("ce", "sft", "greedy"),
+    "total, one round of gDPO beside one of plain DPO": ("gdpo", "dpo", "greedy"),
+}
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 
@@ -38,3 +50,15 @@ def test_tables_of_a_reproduction_are_those_of_its_results():
     results = [json.loads(path.read_text(encoding="utf-8")) for path in found]
     for seeds in (results, *([one] for one in results)):
         assert "\n".join(lines(seeds)) in page
+
+
+@pytest.mark.parametrize("row", DIFFERENCES)
+def test_differences_of_stages_are_those_of_the_results(row):
+    page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    name, other, group = DIFFERENCES[row]
+    cells = []
+    for path in sorted((ROOT / "docs" / "reproduction").glob("*.json")):
+        compared = json.loads(path.read_text(encoding="utf-8"))["compared"]
+        of = [one[group] for one in compared if (one["stage"], one["beside"]) == (name, other)]
+        cells.append("".join("{more:+.1f} ({low:+.1f} to {high:+.1f})".format(**one) for one in of))
+    assert f"| {row} | {' | '.join(cells)} |" in page and any(cells)
