@@ -9,6 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from kokanee.errors import KokaneeError
+from kokanee.launch import check_devices
+
 WORKER = """
 import os, time
 os.environ["RANK"] = "0"
@@ -43,3 +48,12 @@ def test_a_worker_ends_when_its_launcher_was_killed(tmp_path):
     while is_alive(worker) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not is_alive(worker)
+
+
+def test_processes_without_a_gpu_each_are_told_before_they_are_launched(monkeypatch):
+    check_devices(2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    check_devices(1)
+    with pytest.raises(KokaneeError, match=r"2 processes need a GPU each, and there is 1\. Give fewer"):
+        check_devices(2)

@@ -14,7 +14,7 @@ import typer
 
 from kokanee.console import bar, key_value, say
 from kokanee.errors import KokaneeError
-from kokanee.launch import as_worker, is_main, is_worker, launch
+from kokanee.launch import as_worker, check_devices, is_main, is_worker, launch
 
 world = typer.Typer(help="The synthetic audio-visual world.", no_args_is_help=True)
 SHOWN = 3
@@ -97,13 +97,20 @@ def stage_of(settings: dict[str, Any], path: Path) -> str:
     return str(stage)
 
 
+def shared(processes: int, settings: dict[str, Any], command: Sequence[str]) -> int:
+    """Run a recipe's command as several processes; the exit code."""
+    if settings.get("device") != "cpu":
+        check_devices(processes)
+    return launch(processes, command)
+
+
 def train_stage(settings: dict[str, Any], source: str, out: Path, command: Sequence[str]) -> None:
     """One stage with one loop. source: where the settings are from; command: what another process is started with."""
     from kokanee.recipes import Recipe, checked
 
     recipe = checked(Recipe, settings, source)
     if recipe.processes > 1 and not is_worker():
-        raise typer.Exit(launch(recipe.processes, command))
+        raise typer.Exit(shared(recipe.processes, settings, command))
     from kokanee.stages import run_stage
 
     with as_worker():
@@ -119,7 +126,7 @@ def train_rounds(settings: dict[str, Any], source: str, out: Path, command: Sequ
 
     processes = settings.get("processes", 1)
     if isinstance(processes, int) and processes > 1 and not is_worker():
-        raise typer.Exit(launch(processes, command))
+        raise typer.Exit(shared(processes, settings, command))
     from kokanee.mrdpo import best, run_mrdpo, table
     from kokanee.mrdpo_recipe import MrdpoRecipe
 
@@ -142,7 +149,7 @@ def train_rebirth(settings: dict[str, Any], source: str, out: Path, command: Seq
 
     processes = settings.get("processes", 1)
     if isinstance(processes, int) and processes > 1 and not is_worker():
-        raise typer.Exit(launch(processes, command))
+        raise typer.Exit(shared(processes, settings, command))
     from kokanee.rebirth import RebirthRecipe, kept_line, run_rebirth, table
 
     with as_worker():

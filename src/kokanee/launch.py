@@ -28,6 +28,18 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def check_devices(processes: int) -> None:
+    """Raise `KokaneeError` where there are GPUs, but not one for each of so many processes."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else processes
+    if count < processes:
+        raise KokaneeError(
+            f"{processes} processes need a GPU each, and there {'is 1' if count == 1 else f'are {count}'}. Give fewer "
+            "processes, and raise accumulate by as much for the same batches, or device: cpu."
+        )
+
+
 def launch(processes: int, command: Sequence[str]) -> int:
     """Run `kokanee COMMAND` as several processes; the exit code. Raises the `KokaneeError` that one of them left."""
     from torch.distributed.elastic.multiprocessing.api import SignalException

@@ -121,7 +121,7 @@ def without_prompts(layer: Any, states: tuple[torch.Tensor], more: dict[str, Any
         product(prompts_BPD).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         for product in (attention.k_proj, attention.v_proj)
     )
-    cos_BLW, sin_BLW = more["position_embeddings"]
+    cos_BLW, sin_BLW = (part.to(key_BHPW.device) for part in more["position_embeddings"])  # of another layer's GPU
     _, key_BHPW = apply_rotary_pos_emb(key_BHPW, key_BHPW, cos_BLW[:, :start], sin_BLW[:, :start])
     after = {"position_embeddings": (cos_BLW[:, start:], sin_BLW[:, start:]), "before": (key_BHPW, value_BHPW)}
     return (states[0][:, start:],), more | after
@@ -159,6 +159,7 @@ def packed_log_probs(
         use_cache=False,
         branches=branches,
         short_mask=short_mask(batch["segments"], model.config.text_config.num_attention_heads),
-    ).last_hidden_state
-    log_probs_N = token_log_probs(model.lm_head(hidden_BLD[rows_N, places_N]), targets_BL[rows_N, places_N])
+    ).last_hidden_state.to(targets_BL.device)  # where a model is spread over several, it is of the last one's
+    logits_NV = model.lm_head(hidden_BLD[rows_N, places_N])
+    log_probs_N = token_log_probs(logits_NV.to(targets_BL.device), targets_BL[rows_N, places_N])
     return log_probs_N, rows_N, batch["segments"][rows_N, places_N + 1]
