@@ -14,7 +14,7 @@ from kokanee.clips import View, open_prompt, watch
 from kokanee.errors import KokaneeError
 from kokanee.events import Counts, Rates, interval, rates, repetition_rate
 from kokanee.formats import read_jsonl
-from kokanee.ground_truth import Truth, truth_of_sample
+from kokanee.ground_truth import SAMPLES, Truth, truth_of_sample
 from kokanee.model import Kokanee
 from kokanee.processor import Processor
 from kokanee.questions import same
@@ -142,7 +142,7 @@ def with_answers(marks: Marks, right: Sequence[Sequence[tuple[str, bool]]]) -> M
 
 def read_records(folder: Path, clips: int | None) -> list[dict[str, Any]]:
     """The first records of a folder of `world make`, or all of them."""
-    records = read_jsonl(folder / "samples.jsonl")
+    records = read_jsonl(folder / SAMPLES)
     clips = len(records) if clips is None else clips
     if not 1 <= clips <= len(records):
         raise KokaneeError(f"{folder} has {len(records)} clips, not {clips}. Make more, or ask for 1 or more of these.")

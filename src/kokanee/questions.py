@@ -19,10 +19,10 @@ from typing import Any
 from kokanee.errors import KokaneeError
 from kokanee.files import MEDIA
 from kokanee.formats import read_jsonl
+from kokanee.ground_truth import SAMPLES
 
 LETTERS = ascii_uppercase
 SENTENCE = "Answer with the option's letter from the given choices directly."
-SAMPLES = "samples.jsonl"
 QUESTIONS = "questions"
 FILE = ("file", "video", "video_path", "video_file", "video_name", "file_name", "filename", "videoid", "video_id")
 ANSWER = ("answer", "correct_answer", "correct_choice")

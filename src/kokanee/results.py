@@ -96,7 +96,7 @@ def stage_of(marks: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def known_by_clip(found: dict[str, Any], name: str) -> bool:
-    """Whether a stage was marked, and clip by clip (before version 0.1 it was not)."""
+    """Whether a stage was marked, and clip by clip, which marks of an earlier version are not."""
     return name in found and all("by_clip" in marks for marks in found[name]["marks"])
 
 
