@@ -4,8 +4,10 @@ have intervals over files."""
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -322,6 +324,27 @@ def test_a_still_image_is_shown_as_one(tiny, media):
     assert said == [captioner.caption(media / "still.png", "What is it?", max_new_tokens=5).text]
     with pytest.raises(KokaneeError, match="still image and has no intervals"):
         watch(*tiny, media / "still.png", 0.0, 1.0)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_video_is_read_once_for_all_its_questions_to_a_server_and_again_when_it_changed(media, tmp_path, size):
+    shutil.copy(media / "first.mp4", tmp_path / "a.mp4")
+    (tmp_path / "b.mp4").write_text("no video")
+    read, alone = [], RemoteCaptioner.read_alone
+    with (
+        serving(lambda request: "A") as (_, url),
+        mock.patch.object(
+            RemoteCaptioner,
+            "read_alone",
+            lambda self, request: (read.append(request.path.name), alone(self, request))[1],
+        ),
+    ):
+        examinee = served(url, "letter", size)
+        found = {one.video.file: one for one in examinee.each(by_video(asked(["a.mp4", "b.mp4"]), tmp_path))}
+        assert read.count("a.mp4") == 1 and "b.mp4" in found["b.mp4"].error and len(found["a.mp4"].answers) == 2
+        shutil.copy(media / "second.mp4", tmp_path / "b.mp4")
+        (found_b,) = examinee.each(by_video(asked(["b.mp4"]), tmp_path))
+    assert len(found_b.answers) == 2 and not found_b.error
 
 
 def test_equal_questions_are_asked_once_and_all_marked(media):

@@ -13,8 +13,9 @@ from kokanee.captions import Decoding, intervals
 from kokanee.clips import View, open_prompt, watch
 from kokanee.errors import KokaneeError
 from kokanee.events import Counts, Rates, interval, rates, repetition_rate
+from kokanee.files import SAMPLES
 from kokanee.formats import read_jsonl
-from kokanee.ground_truth import SAMPLES, Truth, truth_of_sample
+from kokanee.ground_truth import Truth, truth_of_sample
 from kokanee.model import Kokanee
 from kokanee.processor import Processor
 from kokanee.questions import same

@@ -37,6 +37,7 @@ VIDEOS = frozenset(
 SOUNDS = frozenset((".aac", ".aif", ".aiff", ".flac", ".m4a", ".mka", ".mp3", ".oga", ".ogg", ".opus", ".wav", ".wma"))
 IMAGES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 MEDIA = VIDEOS | SOUNDS | IMAGES
+SAMPLES = "samples.jsonl"  # what is known of a folder of the world's clips
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from typing import Any
 from kokanee.captions import intervals
 from kokanee.errors import KokaneeError
 from kokanee.events import AtomicEvent
+from kokanee.files import SAMPLES
 from kokanee.formats import read_jsonl
 from kokanee.predictions import Cut, FileNames, Prediction, is_interval
 from kokanee.world.facts import Fact, exact
 from kokanee.world.make import scene_of
 
 VERSION = 1
-SAMPLES = "samples.jsonl"  # of a folder of the world's clips
 SAME_S = 0.1  # an interval's ends may differ by this: players and readers round times
 
 

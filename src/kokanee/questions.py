@@ -17,9 +17,8 @@ from string import ascii_uppercase
 from typing import Any
 
 from kokanee.errors import KokaneeError
-from kokanee.files import MEDIA
+from kokanee.files import MEDIA, SAMPLES
 from kokanee.formats import read_jsonl
-from kokanee.ground_truth import SAMPLES
 
 LETTERS = ascii_uppercase
 SENTENCE = "Answer with the option's letter from the given choices directly."

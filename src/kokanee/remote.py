@@ -11,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import threading
 import wave
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -40,6 +41,7 @@ DEFAULTS = Defaults(
 )
 TIMEOUT_S = 600.0  # a server on a small machine looks at many frames for minutes
 JPEG_QUALITY = 90
+CLIPS_KEPT = 2
 SEED_RANGE = 2**31  # some servers take seeds of 32 bits only
 Item = TypeVar("Item")
 Job = TypeVar("Job")
@@ -61,6 +63,14 @@ class FrameSettings(BaseModel):
             raise KokaneeError(f"Wrong settings of frames: {reasons(error, FrameSettings)}. Mend them.") from error
 
 
+@dataclass
+class Place:
+    """A clip that several questions may want; the first of them reads it."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    clip: Clip | None = None
+
+
 class RemoteCaptioner(FileCaptioner):
     """A model behind an endpoint; see `FileCaptioner`. At most `endpoint.concurrency` questions are under way.
 
@@ -71,11 +81,28 @@ class RemoteCaptioner(FileCaptioner):
     def __init__(self, endpoint: Endpoint, frames: FrameSettings | None = None) -> None:
         self.endpoint, self.frames = endpoint, frames or FrameSettings()
         self.name, self.defaults = f"openai:{endpoint.model}", DEFAULTS
+        self._places: dict[tuple[Any, ...], Place] = {}
+        self._lock = threading.Lock()
 
     def identity(self) -> dict[str, Any]:
         return {"model": self.name, "server": self.endpoint.server, "processor": self.frames.model_dump(mode="json")}
 
     def read(self, request: Request) -> Clip:
+        """As the frame says; of several questions about a part that come together the first reads it for all."""
+        path = Path(request.path)
+        version = path.stat().st_mtime_ns if path.is_file() else None
+        key = (path, version, request.start_s, request.end_s, tuple(request.use))
+        with self._lock:
+            place = self._places.setdefault(key, Place())
+            for other in list(self._places)[:-CLIPS_KEPT]:
+                del self._places[other]
+        with place.lock:
+            if place.clip is None:
+                place.clip = self.read_alone(request)
+            return place.clip
+
+    def read_alone(self, request: Request) -> Clip:
+        """The part that is asked about, from its file."""
         sampling = Sampling("salmonn2plus", self.frames.interval_s, 1, self.frames.max_frames)
         return read_clip(
             Path(request.path),
