@@ -35,7 +35,7 @@ def world(tmp_path) -> Path:
 def test_captioners_stand_side_by_side_in_the_table_and_in_scores_json(world):
     twice = world / "right.json", world / "people.json", world / "right.json"
     words = (*twice, "--events", world / "samples.jsonl", "--out", world / "s")
-    table, by_kind = kk("score", *words).stdout.split("\n\n")
+    table, beside, by_kind = kk("score", *words).stdout.split("\n\n")
     head, _, *rows = table.splitlines()
     told = json.loads((world / "s" / "scores.json").read_text())
     assert [system["name"] for system in told["systems"]] == ["right", "people"] and told["judge"] == "exact"
@@ -43,9 +43,17 @@ def test_captioners_stand_side_by_side_in_the_table_and_in_scores_json(world):
     people = told["systems"][1]["global"]
     assert rows[0].startswith("| right | global | 6 | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 (0.0 to 0.0) |")
     assert f"| {people['rates']['missed']:.1f} |" in rows[1] and people["rates"]["missed"] > 10
+    more = people["beside"]
+    assert more["captioner"] == "right" and more["total"]["more"] == pytest.approx(people["rates"]["total"])
+    assert more["missed"]["low"] < more["missed"]["more"] < more["missed"]["high"]
+    assert "beside" not in told["systems"][0]["global"]
+    assert beside.splitlines()[0] == "| points more than right | | Miss | Hall | Total |"
+    assert beside.splitlines()[2].startswith(f"| people | global | {more['missed']['more']:+.1f} (")
+    assert len(beside.splitlines()) == 3
     assert len(rows) == 2 and all(row.count("|") == head.count("|") for row in rows)
     assert "heard: Miss, Incorrect" in by_kind and len(by_kind.splitlines()) == 4
     page = (world / "s" / "report.html").read_text()
+    assert "Points more than right" in page and f"{more['total']['more']:+.1f}<small>" in page
     assert f"{people['rates']['total']:.1f} %" in page and "<dd>exact</dd>" in page
 
 

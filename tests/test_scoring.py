@@ -12,12 +12,12 @@ import pytest
 from kokanee.captions import intervals
 from kokanee.endpoint import Asker, BudgetSpent, Endpoint
 from kokanee.errors import KokaneeError
-from kokanee.events import AtomicEvent, Counts, Rates
+from kokanee.events import AtomicEvent, Counts, Rates, Verdict
 from kokanee.formats import append_jsonl
 from kokanee.ground_truth import GroundTruth, Truth, read_ground_truth
-from kokanee.judges import Judgement, LanguageModelJudge
+from kokanee.judges import Judgement, LanguageModelJudge, judged
 from kokanee.predictions import Cut, Prediction
-from kokanee.scoring import ExactJudge, ModelJudge, judge_all, matched, scores
+from kokanee.scoring import ExactJudge, Item, ModelJudge, Scores, beside, judge_all, matched, scores
 from kokanee.world.facts import exact
 from kokanee.world.language import write
 from kokanee.world.make import MakeSettings, record, scene_of
@@ -211,3 +211,20 @@ def test_a_judgement_of_numbers_alone_counts(truth):
     items, _, _ = matched([Prediction("00000.mp4", "x")], truth, as_published=True)
     found = scores(judge_all(items, Numbers(), 2))
     assert found.rates.missed == pytest.approx(100 / len(items[0].truth.events)) and found.kinds == {}
+
+
+def test_captioners_are_held_against_each_other_on_the_same_files_alone():
+    def made(*missed: int, file: str = "{}") -> Scores:
+        events = tuple(AtomicEvent(f"Event {number}.") for number in range(4))
+        items = []
+        for number, count in enumerate(missed):
+            verdict = Verdict(tuple(event.text for event in events[:count]), (), (), 4)
+            truth = Truth(file.format(number), events)
+            items.append(Item(Prediction(truth.file, "x"), truth, [judged(verdict)]))
+        return scores(items)
+
+    found = beside(made(1, 2, 3), made(0, 1, 2))
+    assert found is not None and found["total"] == found["missed"] == pytest.approx((25.0, 25.0, 25.0))
+    assert found["hallucinated"] == (0.0, 0.0, 0.0)
+    assert beside(made(1, 2), made(1, 2, 3)) is None and beside(made(1), made(1)) is None
+    assert beside(made(1, 2), made(1, 2, file="other {}")) is None

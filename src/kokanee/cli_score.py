@@ -96,6 +96,9 @@ def score(
             if items
         }
         found = {scope: result.as_dict() for scope, result in made[name].items()}
+        for scope, more in besides(made, name).items():
+            ends = {part: dict(zip(("more", "low", "high"), one, strict=True)) for part, one in more.items()}
+            found[scope]["beside"] = {"captioner": next(iter(made)), **ends}
         unread = sum(result.n_unread for result in made[name].values()) if judge == "exact" else 0
         if unread:
             say(
@@ -114,7 +117,7 @@ def score(
         "same command asks again; replies that cannot be read are kept."
     )
     write_text(out / REPORT, page(made, by.name, events.as_posix(), as_published, lost if unjudged else ""))
-    typer.echo("\n".join([*lines, *by_kind(made)]))
+    typer.echo("\n".join([*lines, *by_difference(made), *by_kind(made)]))
     say(f"captions with what is wrong in them: {out / REPORT}")
     if unjudged:
         raise KokaneeError(lost)
@@ -263,6 +266,26 @@ def row(name: str, scope: str, made: Scores) -> str:
     cells[-1] += f" ({low:.1f} to {high:.1f})" if made.n_files > 1 else ""
     captions = f"{made.n_told} of {len(made.items)}" if made.n_told < len(made.items) else made.n_told
     return f"| {name} | {scope} | {captions} | {' | '.join(cells)} | {made.repetition:.1f} | {made.words:.1f} |"
+
+
+def besides(made: dict[str, dict[str, Scores]], name: str) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """By scope: how many points more a captioner's measures are than the first one's, on the same files."""
+    from kokanee.scoring import beside
+
+    first = next(iter(made))
+    found = {scope: beside(own, made[first][scope]) for scope, own in made[name].items() if scope in made[first]}
+    return {scope: one for scope, one in found.items() if one is not None and name != first}
+
+
+def by_difference(made: dict[str, dict[str, Scores]]) -> list[str]:
+    """A table of the captioners beside the first of them; nothing where none can be held against it."""
+    lines = []
+    for name in made:
+        for scope, found in besides(made, name).items():
+            cells = ["{:+.1f} ({:+.1f} to {:+.1f})".format(*found[part]) for part in ("missed", "hall", "total")]
+            lines.append(f"| {name} | {scope} | {' | '.join(cells)} |")
+    head = f"| points more than {next(iter(made))} | | Miss | Hall | Total |"
+    return ["", head, rule(head), *lines] if lines else []
 
 
 def by_kind(made: dict[str, dict[str, Scores]]) -> list[str]:

@@ -16,7 +16,7 @@ import kokanee
 from kokanee.events import OTHER, Counts, rates
 from kokanee.formats import whole_text
 from kokanee.ground_truth import Truth, alike
-from kokanee.scoring import MEASURES, Item, Scores, verdict_of
+from kokanee.scoring import MEASURES, Item, Scores, beside, verdict_of
 from kokanee.spans import marked
 
 SCOPES = {"global": "Whole files", "local": "Intervals"}
@@ -75,8 +75,9 @@ def about(systems: Systems, judge: str, events: str, as_published: bool) -> str:
 
 
 def section(scope: str, systems: Mapping[str, Scores]) -> str:
-    """The numbers of one scope: bars, a table, and a table by kind of event."""
-    return f"<section><h2>{SCOPES[scope]}</h2>{bars(systems)}{table(systems)}{kinds(systems)}</section>"
+    """The numbers of one scope: bars, a table, one of differences, and one by kind of event."""
+    parts = (bars(systems), table(systems), differences(systems), kinds(systems))
+    return f"<section><h2>{SCOPES[scope]}</h2>{''.join(parts)}</section>"
 
 
 def bars(systems: Mapping[str, Scores]) -> str:
@@ -117,6 +118,21 @@ def table(systems: Mapping[str, Scores]) -> str:
         cells += [number(made.repetition, f"{made.repetition:.1f}"), number(made.words, f"{made.words:.1f}")]
         rows.append(cells + ([number(made.unjudged.total())] if unjudged else []))
     return grid(heads, rows)
+
+
+def differences(systems: Mapping[str, Scores]) -> str:
+    """How many points more each captioner has than the first, where both are of the same files."""
+    first, *others = systems
+    rows = []
+    for name in others:
+        found = beside(systems[name], systems[first])
+        ends = found.values() if found else ()
+        cells = [number(more, f"{more:+.1f}<small>{low:+.1f} to {high:+.1f}</small>") for more, low, high in ends]
+        rows += [[cell(name), *cells]] if cells else []
+    if not rows:
+        return ""
+    note = '<p class="note">In small the 95 % interval: where it holds 0, the difference may be chance.</p>'
+    return f"<h3>Points more than {html.escape(first)}</h3>{grid(['Captioner', *NAMES.values()], rows)}{note}"
 
 
 def kinds(systems: Mapping[str, Scores]) -> str:

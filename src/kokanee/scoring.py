@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from kokanee.endpoint import Stop, Unanswered, each, run_async
 from kokanee.errors import KokaneeError
-from kokanee.events import Counts, Rates, Verdict, by_kind, interval, rates, repetition_rate
+from kokanee.events import Counts, Rates, Verdict, by_kind, difference, interval, rates, repetition_rate
 from kokanee.ground_truth import GroundTruth, Truth, alike, place
 from kokanee.judges import Judgement, LanguageModelJudge, judged
 from kokanee.predictions import Prediction
@@ -99,6 +99,7 @@ class Scores:
     repetition: float
     words: float
     unjudged: Counter[str]
+    by_file: dict[str, Counts]
 
     @property
     def n_told(self) -> int:
@@ -263,7 +264,17 @@ def scores(items: Sequence[Item], as_published: bool = False) -> Scores:
         100.0 * sum(map(repetition_rate, texts)) / max(1, len(texts)),
         sum(len(text.split()) for text in texts) / max(1, len(texts)),
         Counter(failure for item in items for failure in item.failures if failure),
+        by_file,
     )
+
+
+def beside(ours: Scores, other: Scores) -> dict[str, tuple[float, float, float]] | None:
+    """How many points more each measure is than another captioner's, with the 95 % interval of that (see
+    `events.difference`); None where they are not of the same files, or of one."""
+    if set(ours.by_file) != set(other.by_file) or len(ours.by_file) < 2:
+        return None
+    counts, others = ([made.by_file[file] for file in sorted(ours.by_file)] for made in (ours, other))
+    return {name: difference(counts, others, of) for name, of in MEASURES.items()}
 
 
 def counts_of(item: Item, run: int, as_published: bool) -> Counts:
