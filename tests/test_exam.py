@@ -74,7 +74,7 @@ def test_the_exam_marks_annotators_and_model_and_counts_right_answers(tiny, clip
     assert found[0] == mark("annotators", truths, annotated)
     assert found[1].rates == mark("greedy", truths, captions[1]).rates
     assert found[1].answers == 100.0 and set(found[1].answers_by_kind.values()) == {100.0}
-    assert found[1].answers_interval == (100.0, 100.0)
+    assert found[1].answers_interval == (pytest.approx(100 * 0.025 ** (1 / 3)), 100.0)
     assert sum(found[1].by_clip, Counts(0, 0, 0, 0)).n_events == sum(map(len, truths)) and len(found[1].by_clip) == 3
     assert [clip.n_events for clip in found[1].wrong_by_clip] == [len(record["questions"]) for record in records]
     assert sum(found[1].questions_by_kind.values()) == sum(len(record["questions"]) for record in records)

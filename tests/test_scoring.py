@@ -228,3 +228,5 @@ def test_captioners_are_held_against_each_other_on_the_same_files_alone():
     assert found["hallucinated"] == (0.0, 0.0, 0.0)
     assert beside(made(1, 2), made(1, 2, 3)) is None and beside(made(1), made(1)) is None
     assert beside(made(1, 2), made(1, 2, file="other {}")) is None
+    twice = scores([*made(1, 2).items, *made(1, 2).items])
+    assert beside(made(1, 2), twice) is None, "not of as many events: other intervals, or more captions of a file"

@@ -90,7 +90,7 @@ def branch_attention(
         key_BHSD, value_BHSD = (torch.cat(parts, dim=2) for parts in zip(before, (key_BHSD, value_BHSD), strict=True))
     how: dict[str, Any] = {"dropout_p": dropout, "scale": scaling}
     if key_BHSD.shape[1] != query_BHSD.shape[1]:
-        how["enable_gqa"] = True  # only here, as it leaves out some of the kernels that take a mask
+        how["enable_gqa"] = True  # only here: not every kernel that takes a mask can do this
     if short_mask is not None:
         seen_BHSD = functional.scaled_dot_product_attention(
             query_BHSD, key_BHSD, value_BHSD, short_mask[:, :, left_out:], **how

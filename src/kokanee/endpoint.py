@@ -217,8 +217,7 @@ class Asker:
     async def _ask(self, key: str, messages: list[Message], seed: int, schema: dict[str, Any] | None) -> Reply:
         end, wait_s, pause_s, reason = self.endpoint, self.endpoint.wait_s, 0.0, ""
         await self.reach()
-        without, failures = False, 0  # without: a schema, for this question
-        unanswered = Unanswered
+        without, nobody, failures = False, False, 0  # without: a schema, for this question
         while failures < end.attempts:
             if failures:
                 await asyncio.sleep(max(pause_s, wait_s * random.uniform(0.5, 1.0)))
@@ -226,7 +225,7 @@ class Asker:
             await self.turn()
             self.check_budget(messages)
             limit, sent = self.limit, schema if self.schemas and not without else None
-            unanswered = Unanswered
+            nobody = False
             self._under_way += 1
             try:
                 reply = await self._once(messages, seed, sent)
@@ -245,7 +244,7 @@ class Asker:
             except TimeoutError:
                 reason = f"nothing for {end.timeout_s:g} s"
             except aiohttp.ClientConnectorError as error:
-                reason, unanswered = self.said(error.os_error), Unreachable
+                reason, nobody = self.said(error.os_error), True
             except NoJson as error:
                 reason = self.said(error)
                 if not self._spoken and failures + 1 >= min(NOT_SPOKEN, end.attempts):
@@ -271,7 +270,7 @@ class Asker:
             finally:
                 self._under_way -= 1
             failures += 1
-        if unanswered is Unreachable:
+        if nobody:
             raise Unreachable(unreached(end.server, reason))
         raise Unanswered(f"{end.model} at {end.server} gave no answer in {end.attempts} attempts (last: {reason}).")
 
@@ -441,15 +440,15 @@ async def each(
         task.add_done_callback(done.put_nowait)
     try:
         at_work, failures, hopeless = len(workers), 0, max(FEWEST_FAILURES, 2 * concurrency)
-        unreached = 0
+        in_vain = 0
         while at_work:
             found = await done.get()
             if isinstance(found, asyncio.Future):
                 found.result()  # raises what no job may raise
                 at_work -= 1
                 continue
-            unreached = unreached + 1 if isinstance(found[1], Unreachable) else 0
-            if unreached == hopeless:
+            in_vain = in_vain + 1 if isinstance(found[1], Unreachable) else 0
+            if in_vain == hopeless:
                 raise Stop(f"{hopeless} questions in a row reached nobody: {found[1]}")
             if failures is not None:
                 failures = failures + 1 if isinstance(found[1], Unanswered) else None

@@ -12,6 +12,8 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -144,11 +146,28 @@ def difference(
 
 def resampled(counts: Sequence[Counts], of: Callable[[Rates], float], seed: int) -> np.ndarray:
     """A rate of as many videos, drawn again with replacement, `RESAMPLES` times: (RESAMPLES,)."""
+    shares_3R: Any = drawn_shares(tuple(counts), seed)
+    return np.asarray(of(Rates(*shares_3R)))  # of all draws at once
+
+
+@lru_cache(64)
+def drawn_shares(counts: tuple[Counts, ...], seed: int) -> np.ndarray:
+    """Missed, incorrect and hallucinated events of each draw in per cent, (3, RESAMPLES): the same for every rate."""
     table_N4 = np.array([(c.missed, c.incorrect, c.hallucinated, c.n_events) for c in counts], np.float64)
     drawn_RN = np.random.default_rng(seed).integers(0, len(counts), (RESAMPLES, len(counts)))
     sums_R4 = table_N4[drawn_RN].sum(1)
-    shares_R3 = 100.0 * sums_R4[:, :3] / np.maximum(sums_R4[:, 3:], 1.0)
-    return np.array([of(Rates(*shares)) for shares in shares_R3.tolist()])
+    return 100.0 * sums_R4[:, :3].T / np.maximum(sums_R4[:, 3], 1.0)
+
+
+def right_interval(wrong: Sequence[Counts]) -> tuple[float, float]:
+    """The 95 % interval of right answers in per cent; `wrong`: of each video its questions, those answered wrongly as
+    missed. Where all are right, or all wrong, every draw is the same: it is that of Clopper and Pearson then, for as
+    many independent answers as there are videos that anything was asked about."""
+    asked, missed = (sum(getattr(count, name) for count in wrong) for name in ("n_events", "missed"))
+    if not asked or missed not in (0, asked):
+        return interval(wrong, lambda found: 100.0 - found.missed)
+    unsure = 100.0 * (1.0 - 0.025 ** (1 / sum(count.n_events > 0 for count in wrong)))
+    return (0.0, unsure) if missed else (100.0 - unsure, 100.0)
 
 
 def ends(values_R: np.ndarray, level: float) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from kokanee import generation
 from kokanee.captions import Decoding, intervals
 from kokanee.clips import View, open_prompt, watch
 from kokanee.errors import KokaneeError
-from kokanee.events import Counts, Rates, interval, rates, repetition_rate
+from kokanee.events import Counts, Rates, interval, rates, repetition_rate, right_interval
 from kokanee.files import SAMPLES
 from kokanee.formats import read_jsonl
 from kokanee.ground_truth import Truth, truth_of_sample
@@ -130,12 +130,11 @@ def with_answers(marks: Marks, right: Sequence[Sequence[tuple[str, bool]]]) -> M
     if not asked:
         return marks
     wrong = [Counts(sum(not good for _, good in clip), 0, 0, len(clip)) for clip in right]
-    low, high = interval(wrong, lambda found: 100.0 - found.missed)
     return replace(
         marks,
         answers=100.0 * well.total() / asked.total(),
         answers_by_kind={kind: 100.0 * well[kind] / asked[kind] for kind in sorted(asked)},
-        answers_interval=(low, high),
+        answers_interval=right_interval(wrong),
         questions_by_kind={kind: asked[kind] for kind in sorted(asked)},
         wrong_by_clip=tuple(wrong),
     )

@@ -31,7 +31,7 @@ from kokanee.captions import Caption, Decoding, FileCaptioner, Request
 from kokanee.clips import View, watch
 from kokanee.conversations import shared_length
 from kokanee.errors import KokaneeError, TooLittleMemory, memory_said
-from kokanee.events import OTHER, Counts, interval
+from kokanee.events import OTHER, Counts, right_interval
 from kokanee.exam import answers
 from kokanee.losses import answer_log_probs
 from kokanee.model import EMBED_INPUTS, Kokanee
@@ -43,11 +43,9 @@ from kokanee.weights import fingerprint
 
 Way = Literal["answer", "text", "letter"]
 ANSWER_TOKENS, LETTER_TOKENS = 16, 4
-ALPHA = 0.05
 SERVED_TOKENS = 4096  # some models of servers think before they answer
-ANNOUNCED = re.compile(
-    r"^[*_`\s]*(?:the\s+)?(?:correct\s+|final\s+)?answer(?:\s+is)?[*_`]*\s*:?[*_`\s]*", re.IGNORECASE
-)
+MARKS = r"[*_`\s]*"
+ANNOUNCED = re.compile(rf"{MARKS}(the\s+)?((correct|final)\s+)?answer(\s+is)?{MARKS}:?{MARKS}", re.IGNORECASE)
 LESS = "Ask fewer questions at once (--batch-size 1), or load the model in bfloat16 (--dtype bfloat16)."
 
 
@@ -77,9 +75,8 @@ class Answered:
 class Share:
     """How many of the questions about some files were answered rightly.
 
-    interval: in per cent, 95 % of bootstrap samples of the files lie in it; where all answers are right, or all wrong,
-    so that every sample is the same, that of Clopper and Pearson for as many independent files. chance: right answers
-    in per cent where one of the options is drawn, None where not all questions have some.
+    interval: in per cent, over files; see `events.right_interval`. chance: right answers in per cent where one of the
+    options is drawn, None where not all questions have some.
     """
 
     right: int
@@ -361,8 +358,4 @@ def share(by_file: Mapping[str, Sequence[Marked]]) -> Share:
     asked, wrong = sum(count.n_events for count in counts), sum(count.missed for count in counts)
     sizes = [len(answer.question.options) for some in marked for answer in some]
     chance = 100.0 * sum(1 / size for size in sizes) / asked if sizes and all(sizes) else None
-    between = interval(counts, lambda rates: 100.0 - rates.missed)
-    if marked and wrong in (0, asked):
-        unsure = 100.0 * (1.0 - (ALPHA / 2) ** (1 / len(marked)))
-        between = (0.0, unsure) if wrong else (100.0 - unsure, 100.0)
-    return Share(asked - wrong, asked, len(marked), between, chance)
+    return Share(asked - wrong, asked, len(marked), right_interval(counts), chance)

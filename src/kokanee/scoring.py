@@ -270,8 +270,9 @@ def scores(items: Sequence[Item], as_published: bool = False) -> Scores:
 
 def beside(ours: Scores, other: Scores) -> dict[str, tuple[float, float, float]] | None:
     """How many points more each measure is than another captioner's, with the 95 % interval of that (see
-    `events.difference`); None where they are not of the same files, or of one."""
-    if set(ours.by_file) != set(other.by_file) or len(ours.by_file) < 2:
+    `events.difference`); None where they are not of the same files and events, or of a single file."""
+    events, its_events = ({file: c.n_events for file, c in made.by_file.items()} for made in (ours, other))
+    if events != its_events or len(events) < 2:
         return None
     counts, others = ([made.by_file[file] for file in sorted(ours.by_file)] for made in (ours, other))
     return {name: difference(counts, others, of) for name, of in MEASURES.items()}
