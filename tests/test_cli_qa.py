@@ -53,7 +53,7 @@ def asked(media, tmp_path) -> Path:
 
 def rows(table: str) -> dict[str, list[str]]:
     """The cells of each line by the first."""
-    return {cells[0]: cells[1:] for cells in ([c.strip() for c in r.split("|")[1:-1]] for r in table.splitlines())}
+    return {cells[0]: cells[1:] for cells in ([c.strip() for c in r.split("|")[1:-1]] for r in table.splitlines() if r)}
 
 
 def test_the_table_and_scores_json_say_the_same(asked, tiny_checkpoint, monkeypatch):
@@ -73,6 +73,35 @@ def test_the_table_and_scores_json_say_the_same(asked, tiny_checkpoint, monkeypa
     monkeypatch.setattr(cli_qa, "ENOUGH", 4)
     assert rows(kk(*words).stdout)["overall"][2] == "–"  # of so few videos, no interval
     assert "way: 'letter' before, 'text' now" in kk(*words, "--by", "text", code=1).stderr
+
+
+def test_two_runs_are_held_against_each_other(asked, tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(cli_qa, "ENOUGH", 3)
+    words, out = (asked / "mixed.json", "-m", tiny_checkpoint), asked / "out"
+    before = kk(*words, "--by", "letter", "-o", out)
+    both = (*words, "--by", "text", "-o", asked / "text", "--beside", out)
+    result = kk(*both)
+    shares, _, leads = result.stdout.partition(f"| points more than {out.as_posix()} |")
+    found, first, now = rows(leads), rows(before.stdout), rows(shares)
+    told = json.loads((asked / "text" / "scores.json").read_text())["beside"][out.as_posix()]
+    for name in ("how", "who", "overall"):
+        more = float(now[name][1]) - float(first[name][1])
+        assert float(found[name][1]) == pytest.approx(more, abs=0.11) and found[name][0] == now[name][0]
+        assert found[name][1] == f"{told[name]['more']:+.1f}"
+        assert found[name][2] == "{:+.1f} to {:+.1f}".format(*told[name]["interval"])
+    assert kk(*both).stdout == result.stdout == kk(*both[:5], *both[7:]).stdout  # again, and without --out
+    assert rows(kk(*both, "--limit", 1).stdout.partition("points more")[2])["overall"][0] == "2"
+    same = kk(*words, "--by", "letter", "--beside", out).stdout.partition("points more")[2]
+    assert rows(same)["overall"][1:] == ["+0.0", "-70.8 to +70.8"]  # of three videos none differs
+
+
+def test_a_run_of_other_questions_is_no_run_to_hold_against(asked, tiny_checkpoint):
+    other = {"video": "first.mp4", "question": "Who sings?", "options": ["a dog", "a cat"], "answer": "A"}
+    write_json(asked / "other.json", [other])
+    kk(asked / "other.json", "-m", tiny_checkpoint, "-o", asked / "out")
+    words = (asked / "choices.json", "-m", tiny_checkpoint, "--beside")
+    assert "answers none of these questions" in kk(*words, asked / "out", code=1).stderr
+    assert "answers.jsonl is not there" in kk(*words, asked, code=1).stderr
 
 
 def test_questions_without_options_are_left_out_and_counted(asked, tiny_checkpoint):

@@ -18,6 +18,7 @@ from kokanee.events import (
     interval,
     rates,
     repetition_rate,
+    right_difference,
 )
 
 EVENTS = (AtomicEvent("A dog runs", "seen"), AtomicEvent("It barks", "heard"), AtomicEvent("Rain falls"))
@@ -104,3 +105,12 @@ def test_a_difference_is_of_the_same_videos_in_each_draw():
     less, low_less, high_less = difference(easy_and_hard, mixed, lambda r: r.missed)
     assert low < more < high and (less, low_less, high_less) == pytest.approx((-more, -high, -low))
     assert difference([], [], lambda r: r.missed) == (0.0, 0.0, 0.0)
+
+
+def test_answers_that_differ_in_no_video_may_differ_in_others():
+    right, wrong = [Counts(0, 0, 0, 2)] * 20, [Counts(2, 0, 0, 2)] * 20
+    for same in (right, wrong, right[:10] + wrong[:10]):
+        assert right_difference(same, same) == pytest.approx((0.0, -16.843, 16.843), abs=1e-3), "0.83157 ** 20 is 0.025"
+    one = [*right[:-1], Counts(1, 0, 0, 2)]
+    assert right_difference(right, one) == difference(one, right, lambda found: found.missed)
+    assert right_difference([], []) == (0.0, 0.0, 0.0)

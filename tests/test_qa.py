@@ -28,6 +28,7 @@ from kokanee.qa import (
     accuracy,
     after_thought,
     askable,
+    beside,
     default_way,
     examined,
     groups,
@@ -235,6 +236,47 @@ def test_intervals_hold_the_accuracy_and_are_over_files():
     }  # questions of a file fall together: no more than 40 are known
     apart = {f"{n}": [n % 2 == 0] for n in range(40)}
     assert accuracy(marked(alike)).overall.interval == accuracy(marked(apart)).overall.interval
+
+
+def answered_by(rights: dict[str, str], error: str = "") -> list[Answered]:
+    """Files with a question for each letter, answered rightly where it is a capital one; kinds by its place."""
+    made = []
+    for file, letters in rights.items():
+        marked = [
+            Marked(Question(file, f"{place}?", "yes", "even" if place % 2 == 0 else "odd"), "", letter.isupper())
+            for place, letter in enumerate(letters)
+        ]
+        made.append(Answered(Video(file, Path(file), tuple(one.question for one in marked)), tuple(marked), error))
+    return made
+
+
+def test_a_lead_is_of_the_questions_that_both_answered():
+    ours, other = answered_by({"a": "XX", "b": "Xx", "c": "xx"}), answered_by({"b": "xX", "a": "xX", "d": "XX"})
+    found = beside(ours, other)
+    assert {name: (lead.more, lead.asked, lead.files) for name, lead in found.items()} == {
+        "even": (100.0, 2, 2),  # of a and b, two of two rightly and none
+        "odd": (-50.0, 2, 2),
+        "overall": (25.0, 4, 2),
+    }
+    back = beside(other, ours)
+    for name, lead in found.items():
+        assert back[name].more == -lead.more and back[name].interval == pytest.approx([-x for x in lead.interval[::-1]])
+        assert lead.interval[0] <= lead.more <= lead.interval[1]
+    assert list(beside(ours[::-1], other).items()) == list(found.items()) and beside(ours, []) == {}
+
+
+def test_a_lead_is_known_better_than_either_share():
+    """Of files that are hard for both: shares vary from file to file, the difference does not."""
+    drawn = random.Random(0)
+    hard = {str(number): drawn.choice(["xxxxx", "XXXXX"]) for number in range(40)}
+    ours, other = (
+        answered_by({file: f"{letters}X" for file, letters in hard.items()}),
+        answered_by({file: f"{letters}x" for file, letters in hard.items()}),
+    )
+    lead, (low, high) = beside(ours, other)["overall"], accuracy(ours).overall.interval
+    assert (
+        lead.more == pytest.approx(100 / 6) and lead.interval == pytest.approx((100 / 6, 100 / 6)) and high - low > 10
+    )
 
 
 def test_nothing_answered_is_no_accuracy():

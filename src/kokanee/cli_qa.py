@@ -25,10 +25,10 @@ from kokanee.errors import KokaneeError
 from kokanee.formats import check_writable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from kokanee.captions import FileCaptioner
-    from kokanee.qa import Accuracy, Answered, Examinee, Share, Way
+    from kokanee.qa import Accuracy, Answered, Examinee, Lead, Share, Way
     from kokanee.questions import Question, Video
 
 HEAD = "| kind | questions | right % | 95 % interval | chance % |"
@@ -70,6 +70,10 @@ def qa(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for every answer and scores.json; a stopped run goes on.")
     ] = None,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder that another model's answers to these questions are in: by how much they differ."),
+    ] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Questions computed together; of openai:NAME under way at a time.")
     ] = 8,
@@ -96,19 +100,21 @@ def qa(
         say(f'{letters} open questions have a single letter for an answer. If they have options, call them "options".')
     folder = videos or (questions if questions.is_dir() else questions.parent)
     chosen = by_video(asked, folder)[:limit]
+    from kokanee.qa import askable, default_way
+    from kokanee.qa_run import answered_in
+
+    way = default_way(questions, asked) if by is By.auto else by.value
+    kept = askable(chosen, way)
+    others = {run.as_posix(): answered_in(run, kept) for run in beside or []}
     if model.startswith(OPENAI):
         captioner = remote_captioner(model, base_url, batch_size, replaced)
     else:
         captioner = local_captioner(model, device, dtype, base, replaced)
     if captioner.defaults.note and not of_world(questions):
         say(f"{model}: {captioner.defaults.note}")
-    from kokanee.qa import askable, default_way
-
-    way = default_way(questions, asked) if by is By.auto else by.value
-    kept = askable(chosen, way)
     examinee = examinee_of(captioner, way, batch_size, asked)
     say(f"{model}: {number_of(kept)} questions about {len(kept)} videos, by {way}")
-    tell(marked(examinee, kept, asked, folder, out), number_of(chosen) - number_of(kept))
+    tell(marked(examinee, kept, asked, folder, out, others), number_of(chosen) - number_of(kept), others)
 
 
 def examinee_of(captioner: FileCaptioner, way: Way, batch_size: int, asked: Sequence[Question]) -> Examinee:
@@ -123,7 +129,12 @@ def examinee_of(captioner: FileCaptioner, way: Way, batch_size: int, asked: Sequ
 
 
 def marked(
-    examinee: Examinee, videos: Sequence[Video], asked: Sequence[Question], folder: Path, out: Path | None
+    examinee: Examinee,
+    videos: Sequence[Video],
+    asked: Sequence[Question],
+    folder: Path,
+    out: Path | None,
+    others: Mapping[str, Sequence[Answered]],
 ) -> list[Answered]:
     """The videos with their marked questions, kept in `out`, and a bar for them."""
     from kokanee.qa_run import run, settings_of
@@ -133,7 +144,7 @@ def marked(
         task = progress.add_task("videos", total=len(videos))
         if out is not None:
             settings = settings_of(examinee, asked, folder)
-            return run(out, examinee, videos, settings, lambda done: progress.update(task, completed=done))
+            return run(out, examinee, videos, settings, lambda done: progress.update(task, completed=done), others)
         for answered in examinee.each(videos):
             found.append(answered)
             progress.update(task, completed=len(found))
@@ -145,13 +156,16 @@ def number_of(videos: Sequence[Video]) -> int:
     return sum(len(video.questions) for video in videos)
 
 
-def tell(answered: Sequence[Answered], without_options: int) -> None:
-    """Print the table. Raises `KokaneeError` where videos have no answers, so that the exit code says it too."""
-    from kokanee.qa import accuracy
+def tell(answered: Sequence[Answered], without_options: int, others: Mapping[str, Sequence[Answered]]) -> None:
+    """Print the tables. Raises `KokaneeError` where videos have no answers, so that the exit code says it too."""
+    from kokanee.qa import accuracy, beside
 
     found = accuracy(answered)
     if found.overall.asked:
-        typer.echo("\n".join(table(found, without_options)))
+        lines = table(found, without_options)
+        for name, other in others.items():
+            lines += ["", *leads(name, beside(answered, other))]
+        typer.echo("\n".join(lines))
     if found.unread:
         reasons = list(found.unread.values())
         more = [f"and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else []
@@ -177,3 +191,14 @@ def row(name: str, share: Share) -> str:
     interval = f"{low:.1f} to {high:.1f}" if share.files >= ENOUGH else NONE
     chance = NONE if share.chance is None else f"{share.chance:.1f}"
     return f"| {name} | {share.asked} | {share.percent:.1f} | {interval} | {chance} |"
+
+
+def leads(name: str, found: Mapping[str, Lead]) -> list[str]:
+    """The lines of the table beside another run: how many points more are right, of the questions of both."""
+    head = f"| points more than {name} | questions | right | 95 % interval |"
+    lines = [head, "|---" * (head.count("|") - 1) + "|"]
+    for kind, lead in found.items():
+        low, high = lead.interval
+        interval = f"{low:+.1f} to {high:+.1f}" if lead.files >= ENOUGH else NONE
+        lines.append(f"| {kind} | {lead.asked} | {lead.more:+.1f} | {interval} |")
+    return lines

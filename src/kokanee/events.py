@@ -166,8 +166,23 @@ def right_interval(wrong: Sequence[Counts]) -> tuple[float, float]:
     asked, missed = (sum(getattr(count, name) for count in wrong) for name in ("n_events", "missed"))
     if not asked or missed not in (0, asked):
         return interval(wrong, lambda found: 100.0 - found.missed)
-    unsure = 100.0 * (1.0 - 0.025 ** (1 / sum(count.n_events > 0 for count in wrong)))
-    return (0.0, unsure) if missed else (100.0 - unsure, 100.0)
+    return (0.0, unseen(wrong)) if missed else (100.0 - unseen(wrong), 100.0)
+
+
+def right_difference(wrong: Sequence[Counts], others: Sequence[Counts]) -> tuple[float, float, float]:
+    """How many points more of the answers are right than in `others`, and the 95 % interval of that: `difference` of
+    the same videos. Where none has more right answers in one than in the other, every draw is 0: it is as wide then as
+    Clopper and Pearson have it for a share of 0."""
+    more, low, high = difference(wrong, others, lambda found: 100.0 - found.missed)
+    if any(ours.missed != other.missed for ours, other in zip(wrong, others, strict=True)):
+        return more, low, high
+    return more, -unseen(wrong), unseen(wrong)
+
+
+def unseen(counts: Sequence[Counts]) -> float:
+    """How many per cent of videos may be so, by the 95 % interval, where none of these that were asked about is."""
+    asked = sum(count.n_events > 0 for count in counts)
+    return 100.0 * (1.0 - 0.025 ** (1 / asked)) if asked else 0.0
 
 
 def ends(values_R: np.ndarray, level: float) -> tuple[float, float]:

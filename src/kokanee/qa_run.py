@@ -6,7 +6,8 @@ video the last one counts) and, from when all is done, scores.json.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from kokanee.formats import (
     refuse_foreign,
     write_json,
 )
-from kokanee.qa import Answered, Examinee, Marked, accuracy
+from kokanee.qa import Answered, Examinee, Marked, accuracy, beside
 from kokanee.questions import Question, Video
 
 VERSION = 1
@@ -47,11 +48,13 @@ def run(
     videos: Sequence[Video],
     settings: dict[str, Any],
     on_video: Callable[[int], None] | None = None,
+    others: Mapping[str, Sequence[Answered]] | None = None,
 ) -> list[Answered]:
     """The videos with their marked questions, each also a record in `out` as soon as it is done, and their scores.
 
     Goes on where an earlier run stopped; videos that have no answers or have changed are tried again. `on_video` is
-    told how many are done. Raises `KokaneeError` for a folder that was made with other settings.
+    told how many are done. `others`: runs of the same questions by name, which the scores are held against. Raises
+    `KokaneeError` for a folder that was made with other settings.
     """
     refuse_foreign(out, STATE)
     with alone_in(out):
@@ -74,8 +77,28 @@ def run(
             if on_video is not None:
                 on_video(len(found))
         everything = [found[video] for video in videos]
-        write_json(out / SCORES, {**settings, "files": len(videos), **accuracy(everything).as_dict()})
+        leads = {name: beside(everything, other) for name, other in (others or {}).items()}
+        held = {name: {kind: asdict(lead) for kind, lead in found.items()} for name, found in leads.items()}
+        scores = {**settings, "files": len(videos), **accuracy(everything).as_dict(), "beside": held}
+        write_json(out / SCORES, scores)
     return everything
+
+
+def answered_in(out: Path, videos: Sequence[Video]) -> list[Answered]:
+    """What an earlier run answered about these videos, as they were then. Raises `KokaneeError` where there is none."""
+    path = out / ANSWERS
+    if not path.is_file():
+        raise KokaneeError(f"{path} is not there. Give a folder that kokanee qa has written to with --out.")
+    records = {record["file"]: record for record in read_jsonl(path)}
+    asked = {video.file: set(video.questions) for video in videos}
+    found = []
+    for video in videos:
+        entries = records.get(video.file, {}).get("answers", [])
+        marked = [Marked(question_of(video.file, entry), entry["said"], entry["right"]) for entry in entries]
+        found.append(Answered(video, tuple(one for one in marked if one.question in asked[video.file])))
+    if not any(one.answers for one in found):
+        raise KokaneeError(f"{out} answers none of these questions. Give a run of the same file of questions.")
+    return found
 
 
 def check_same(out: Path, settings: dict[str, Any]) -> None:
@@ -109,6 +132,11 @@ def entry_of(answer: Marked) -> dict[str, Any]:
     found = {"question": question.question, "kind": question.kind, "answer": question.answer}
     more = {"options": list(question.options), "log_probs": list(answer.log_probs)}
     return found | {"said": answer.said, "right": answer.right} | {name: some for name, some in more.items() if some}
+
+
+def question_of(file: str, entry: dict[str, Any]) -> Question:
+    """The question of an entry of answers.jsonl."""
+    return Question(file, entry["question"], entry["answer"], entry["kind"], tuple(entry.get("options", ())))
 
 
 def kept(video: Video, record: dict[str, Any] | None) -> Answered | None:

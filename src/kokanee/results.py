@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import kokanee
-from kokanee.events import Counts, Rates, difference
+from kokanee.events import Counts, difference, right_difference
 from kokanee.formats import read_json
 from kokanee.steps import Step, ended, seconds_of
 
@@ -105,15 +105,16 @@ def compared(found: dict[str, Any], name: str, other: str) -> dict[str, Any]:
     _, *ours = found[name]["marks"]
     _, *theirs = found[other]["marks"]
     pairs = dict(zip(("greedy", "sampled", "local"), zip(ours, theirs, strict=True), strict=True))
-    made = {group: more(*pair, "by_clip", lambda rates: rates.total) for group, pair in pairs.items()}
-    answers = more(*pairs["greedy"], "wrong_by_clip", lambda rates: 100.0 - rates.missed)
-    return {"stage": name, "beside": other, **made, "qa": answers}
+    made = {group: difference(*counted(*pair, "by_clip"), lambda rates: rates.total) for group, pair in pairs.items()}
+    made["qa"] = right_difference(*counted(*pairs["greedy"], "wrong_by_clip"))
+    ends = {group: dict(zip(("more", "low", "high"), one, strict=True)) for group, one in made.items()}
+    return {"stage": name, "beside": other, **ends}
 
 
-def more(ours: dict[str, Any], theirs: dict[str, Any], counted: str, of: Callable[[Rates], float]) -> dict[str, float]:
-    """How much higher a rate of these marks is than of those."""
-    counts, others = ([Counts(*clip) for clip in marks[counted]] for marks in (ours, theirs))
-    return dict(zip(("more", "low", "high"), difference(counts, others, of), strict=True))
+def counted(ours: dict[str, Any], theirs: dict[str, Any], what: str) -> tuple[list[Counts], list[Counts]]:
+    """What was counted clip by clip, in both marks."""
+    first, second = ([Counts(*clip) for clip in marks[what]] for marks in (ours, theirs))
+    return first, second
 
 
 def figures(marks: dict[str, Any]) -> dict[str, float]:
