@@ -47,7 +47,7 @@ def with_whole_modules(folder: Path, model: Kokanee) -> dict[str, torch.Tensor]:
     stored = load_file(GOLDEN / "checkpoint" / "model.safetensors")
     parts = ("visual.merger.", "audio.qformer.", "audio.audio_proj.")
     new = {key: torch.randn(tensor.shape) for key, tensor in stored.items() if key.startswith(parts)}
-    new = {key: tensor for key, tensor in new.items() if "position_ids" not in key}
+    new |= {key: stored[key] for key in stored if key.endswith("position_ids")}  # a buffer: peft keeps these too
     rewrite(folder, lambda tensors: tensors | {f"base_model.model.{key}": tensor for key, tensor in new.items()})
     return new
 

@@ -313,6 +313,21 @@ def test_an_adapter_without_its_base_is_refused():
         checkpoints.load(ADAPTER)
 
 
+def test_an_adapter_whose_base_is_a_folder_of_somebody_else_says_what_to_give(tmp_path, monkeypatch):
+    """Published ones name such folders; with one stroke in it, it may be a name on the hub."""
+    shutil.copytree(ADAPTER, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    named = json.loads(path.read_text()) | {"base_model_name_or_path": "model/Qwen2.5-VL-7B-Instruct-Audio"}
+    path.write_text(json.dumps(named))
+
+    def no_hub(*_, **__):
+        raise OSError("no such repository")
+
+    monkeypatch.setattr(checkpoints, "snapshot_download", no_hub)
+    with pytest.raises(KokaneeError, match=r"\(model/Qwen.*\) is not here\. Give `base`.*audioAlign.*no such"):
+        checkpoints.load(tmp_path / "adapter")
+
+
 def test_a_whole_model_needs_no_base(own):
     with pytest.raises(KokaneeError, match="needs no base"):
         checkpoints.load(own, base=own)

@@ -315,7 +315,7 @@ def test_a_late_round_that_lacks_pairs_may_be_the_end(recipe):
 
 def test_an_adapter_names_what_it_is_on(whole, tiny_checkpoint):
     first, second = (whole / f"round-{number:02d}" / "adapter" for number in (1, 2))
-    assert base_of(first) == str(tiny_checkpoint)
+    assert base_of(first) == tiny_checkpoint
     assert f"Its base is {tiny_checkpoint} with round 1 merged." in (second / "README.md").read_text()
     with pytest.raises(KokaneeError, match=r"its base \(.* with round 1 merged\) is not here"):
         base_of(second)

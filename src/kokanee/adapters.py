@@ -13,7 +13,7 @@ from peft.utils.other import get_pattern_key
 from kokanee.errors import KokaneeError
 from kokanee.formats import read_json
 from kokanee.model import Kokanee
-from kokanee.published import our_key
+from kokanee.published import DROPPED, our_key
 from kokanee.weights import listed, read_tensors, stored_shapes, weight_files
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -56,7 +56,7 @@ def load_adapter(model: Kokanee, folder: str | Path, *, trained: bool = False) -
             "the base as it is. Save it with peft's path_initial_model_for_weight_conversion, or train without it."
         )
     files = weight_files(folder, "adapter_model")
-    names = {key: our_adapter_key(key) for key in stored_shapes(files)}
+    names = {key: our_adapter_key(key) for key in stored_shapes(files) if key.removeprefix(PREFIX) not in DROPPED}
     config = LoraConfig(**{field: settings[field] for field in LORA_FIELDS if settings.get(field) is not None})
     modules = sorted({match["module"] for name in names.values() if (match := LORA_KEY.fullmatch(name))})
     whole = [module for module in FULLY_TRAINED if any(name.startswith(f"{module}.") for name in names.values())]

@@ -150,21 +150,24 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file()
 
 
-def base_of(folder: Path, base: str | Path | None = None) -> str | Path | None:
-    """What an adapter is merged into: `base`, or else what its config names; None for a whole model.
+def base_of(folder: Path, base: str | Path | None = None) -> Path | None:
+    """Where what an adapter is merged into is: `base`, or else what its config names; None for a whole model.
 
     Raises `KokaneeError` for an adapter whose base cannot be found from here.
     """
-    if base is not None or not is_adapter(folder):
-        return base
+    if base is not None:
+        return locate(base)
+    if not is_adapter(folder):
+        return None
     name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
-    if name and (name in EMBEDDED or Path(name).is_dir() or HUB_NAME.fullmatch(name)):
-        return name
-    raise KokaneeError(
-        f"{folder} is an adapter alone, and its base ({name or 'not named'}) is not here. Give `base`: the model that "
-        "it was trained on, for published adapters the audio-aligned one, such as "
-        "tsinghua-ee/video_SALMONN2plus_72B_audioAlign."
-    )
+    try:
+        return locate(name)
+    except KokaneeError as error:
+        raise KokaneeError(
+            f"{folder} is an adapter alone, and its base ({name or 'not named'}) is not here. Give `base` (--base): "
+            "the model that it was trained on, for published adapters the audio-aligned one of their size, such as "
+            f"tsinghua-ee/video_SALMONN2plus_7B_audioAlign (3B, 72B). {error if name else ''}".strip()
+        ) from error
 
 
 def theirs(folder: Path) -> KokaneeConfig:
@@ -325,7 +328,7 @@ def convert(source: str | Path, folder: str | Path, *, dtype: Type = None, base:
     """Write any checkpoint that `load` takes as a Kokanee folder. Raises `KokaneeError` where that would replace it."""
     source = locate(source)
     below = base_of(source, base)
-    for used in (source, *([] if below is None else [locate(below)])):
+    for used in (source, *([] if below is None else [below])):
         if used.resolve().is_relative_to(Path(folder).resolve()):
             raise KokaneeError(f"{folder} holds {used}, which is to be converted. Choose another place.")
     return save(*load(source, dtype=dtype, base=base), folder)
