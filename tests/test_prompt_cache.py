@@ -87,3 +87,24 @@ def test_the_models_attention_is_its_own_again_afterwards():
         assert model.language_model.config._attn_implementation != before
         raise RuntimeError
     assert model.language_model.config._attn_implementation == before
+
+
+@torch.no_grad()
+def test_in_bfloat16_scores_are_not_rounded():
+    """Keys with entries as large as those of the Qwen2 family, which all keys have alike: scores differ in their last
+    places only."""
+    torch.manual_seed(0)
+    tokens, width = 512, 64
+    large = torch.zeros(width).index_fill(0, torch.arange(0, width, 8), 90.0)
+    key = (torch.randn(1, HEADS, tokens, width) * 2 + large).bfloat16()
+    value = torch.randn(1, HEADS, tokens, width).bfloat16()
+    query = (torch.randn(1, HEADS * GROUPS, 1, width) * 3.5).bfloat16()
+    prompts: Any = SimpleNamespace(layers=[SimpleNamespace(keys=key[:, :, :-1], values=value[:, :, :-1])])
+    cache, scaling = PromptCache(prompts, torch.ones(1, tokens - 1), 1), width**-0.5
+    found, _ = shared_prompt_attention(
+        SimpleNamespace(layer_idx=0), query, key[:, :, -1:], value[:, :, -1:], prompt_cache=cache, scaling=scaling
+    )
+    keys, values = (states.double().repeat_interleave(GROUPS, 1) for states in (key, value))
+    wanted = (query.double() @ keys.transpose(2, 3) * scaling).softmax(-1) @ values
+    error = (found[0, 0].double() - wanted[0, :, 0]).norm(dim=-1) / wanted[0, :, 0].norm(dim=-1)
+    assert found.dtype == torch.bfloat16 and error.max() < 0.01

@@ -1,8 +1,8 @@
 """Attention of packed sequences, registered with transformers: of segments, and of branches behind one prompt.
 
 Segments (the visual tower): every segment sees only itself. transformers runs such segments one by one in Python
-unless flash-attn is there. Neighbours of equal length are one batch for `scaled_dot_product_attention`: the same
-numbers, far fewer calls.
+unless flash-attn is there. All of one length are one batch for `scaled_dot_product_attention`: the same numbers, far
+fewer calls (windows at the edges of a frame are smaller: three or four lengths in all, in thousands of segments).
 
 Branches (the decoder): a sequence `[prompt | answer 1 | answer 2 | ...]`, in which the prompt sees itself and each
 answer the prompt and itself. No mask over all pairs is made: each answer is one call on `[prompt | answer]`. Short
@@ -15,7 +15,6 @@ R answer tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -45,20 +44,26 @@ def segment_attention(
     The signature is transformers'; its other arguments (bounds of the keys, longest segments) follow from these.
     """
     assert attention_mask is None, "segments take the place of a mask"
-    pieces, start = [], 0
-    for length, run in groupby(torch.diff(cu_seq_lens_q).tolist()):
-        count = len(list(run))
-        stop = start + count * length
+    how: dict[str, Any] = {"dropout_p": dropout, "scale": scaling}
+    lengths_N = torch.diff(cu_seq_lens_q)
+    distinct = sorted(set(lengths_N.tolist()))
+    if len(distinct) == 1:
         query_NHLD, key_NHLD, value_NHLD = (
-            states_1HSD[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1)
+            states_1HSD[0].unflatten(1, (-1, distinct[0])).transpose(0, 1)
             for states_1HSD in (query_1HSD, key_1HSD, value_1HSD)
         )
-        seen_NHLD = functional.scaled_dot_product_attention(
-            query_NHLD, key_NHLD, value_NHLD, dropout_p=dropout, scale=scaling
+        seen_NHLD = functional.scaled_dot_product_attention(query_NHLD, key_NHLD, value_NHLD, **how)
+        return seen_NHLD.transpose(1, 2).flatten(0, 1)[None], None
+    seen_1SHD = torch.empty_like(query_1HSD.transpose(1, 2))
+    for length in distinct:
+        starts_N = cu_seq_lens_q[:-1][lengths_N == length]
+        places_NL = (starts_N[:, None] + torch.arange(length, device=starts_N.device)).to(query_1HSD.device)
+        query_NHLD, key_NHLD, value_NHLD = (
+            states_1HSD[0, :, places_NL].transpose(0, 1) for states_1HSD in (query_1HSD, key_1HSD, value_1HSD)
         )
-        pieces.append(seen_NHLD.transpose(1, 2).flatten(0, 1))
-        start = stop
-    return torch.cat(pieces)[None], None
+        seen_NHLD = functional.scaled_dot_product_attention(query_NHLD, key_NHLD, value_NHLD, **how)
+        seen_1SHD[0, places_NL] = seen_NHLD.transpose(1, 2)
+    return seen_1SHD, None
 
 
 def branch_attention(

@@ -78,7 +78,8 @@ def shared_prompt_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of one new token of every row to its prompt and to what the row has said: (R, 1, H, D).
 
-    The cache must be given, and no mask. The softmax is computed in float32.
+    The cache must be given, and no mask. Scores and their softmax are computed in float32: keys of the Qwen2 family
+    have entries beyond 100, and of scores rounded to bfloat16 little is left.
     """
     if prompt_cache is None or attention_mask is not None:
         raise ValueError("Samples of one prompt need its cache (`prompt_cache`) and no mask.")
@@ -86,7 +87,7 @@ def shared_prompt_attention(
     key_RKTD, value_RKTD = prompt_cache.add(layer, key_RK1D, value_RK1D)
     key_BKPD, value_BKPD = prompt_cache.prompts[layer]
     n_prompts, n_heads, n_tokens, _ = key_BKPD.shape
-    query_RKGD = query_RH1D.squeeze(2).unflatten(1, (n_heads, -1)) * scaling
+    query_RKGD = query_RH1D.squeeze(2).unflatten(1, (n_heads, -1)).float() * scaling
     rows = (n_prompts, prompt_cache.n_samples)
 
     def by_prompt(states_RKGX: torch.Tensor) -> torch.Tensor:
@@ -97,11 +98,11 @@ def shared_prompt_attention(
         """(B, K, S x G, X) -> (R, K, G, X)."""
         return states_BKNX.unflatten(2, (rows[1], -1)).transpose(1, 2).flatten(0, 1)
 
-    of_prompt_BKNP = by_prompt(query_RKGD) @ key_BKPD.transpose(2, 3)
+    of_prompt_BKNP = by_prompt(query_RKGD) @ key_BKPD.float().transpose(2, 3)
     if prompt_cache.bias_B11P is not None:
-        of_prompt_BKNP = of_prompt_BKNP + prompt_cache.bias_B11P.to(of_prompt_BKNP)
-    of_said_BKNT = by_prompt(query_RKGD @ key_RKTD.transpose(2, 3))
-    weights = torch.cat([of_prompt_BKNP, of_said_BKNT], -1).softmax(-1, dtype=torch.float32).to(query_RKGD.dtype)
+        of_prompt_BKNP = of_prompt_BKNP + prompt_cache.bias_B11P
+    of_said_BKNT = by_prompt(query_RKGD @ key_RKTD.float().transpose(2, 3))
+    weights = torch.cat([of_prompt_BKNP, of_said_BKNT], -1).softmax(-1).to(value_BKPD.dtype)
     seen_RKGD = by_row(weights[..., :n_tokens] @ value_BKPD) + by_row(weights[..., n_tokens:]) @ value_RKTD
     return seen_RKGD.flatten(1, 2)[:, None], None
 
