@@ -53,6 +53,7 @@ def test_every_file_gets_the_record_of_its_caption(captioner, files, tmp_path):
         "top_p": None,
         "seed": None,
         "max_new_tokens": 12,
+        "repetition_penalty": None,
         "dtype": "float32",
         "base": None,
         "kokanee": kokanee.__version__,

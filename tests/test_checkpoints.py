@@ -328,6 +328,16 @@ def test_an_adapter_whose_base_is_a_folder_of_somebody_else_says_what_to_give(tm
         checkpoints.load(tmp_path / "adapter")
 
 
+def test_the_penalty_of_repetitions_goes_along(theirs, tmp_path):
+    path = theirs / "generation_config.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps(stored | {"repetition_penalty": 1.05, "temperature": 1e-6, "do_sample": True}))
+    checkpoints.convert(theirs, tmp_path / "ours")
+    kept = json.loads((tmp_path / "ours" / "generation_config.json").read_text())
+    assert kept["repetition_penalty"] == 1.05 and kept["eos_token_id"] == stored["eos_token_id"]
+    assert "temperature" not in kept and not kept.get("do_sample")
+
+
 def test_a_whole_model_needs_no_base(own):
     with pytest.raises(KokaneeError, match="needs no base"):
         checkpoints.load(own, base=own)

@@ -21,6 +21,15 @@ def test_what_is_saved_is_read(tmp_path):
     assert Defaults.of(tmp_path) == Defaults("Describe the video.", 160)
 
 
+def test_the_penalty_of_repetitions_is_by_default_that_which_transformers_would_take(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.05, "temperature": 1e-6}')
+    assert Defaults.of(tmp_path) == Defaults(repetition_penalty=1.05)
+    (tmp_path / DEFAULTS_FILE).write_text('{"question": "What?"}')
+    assert Defaults.of(tmp_path) == Defaults("What?", repetition_penalty=1.05)
+    Defaults("What?").save(tmp_path)
+    assert Defaults.of(tmp_path) == Defaults("What?", repetition_penalty=1.0)
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", '{"prompt": "x"}'])
 def test_anything_else_is_refused_with_what_may_be_set(tmp_path, text):
     (tmp_path / DEFAULTS_FILE).write_text(text)

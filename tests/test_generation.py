@@ -29,9 +29,10 @@ def open_batch(*samples: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def generated(model: Any, batch: dict[str, torch.Tensor], n_tokens: int) -> list[list[int]]:
+def generated(model: Any, batch: dict[str, torch.Tensor], n_tokens: int, **more: Any) -> list[list[int]]:
     """What transformers' own loop makes greedily, up to the end token."""
-    out = model.generate(**batch, max_new_tokens=n_tokens, do_sample=False, eos_token_id=sorted(end_ids(model)))
+    ends = sorted(end_ids(model))
+    out = model.generate(**batch, max_new_tokens=n_tokens, do_sample=False, eos_token_id=ends, **more)
     rows = out[:, batch["input_ids"].shape[1] :].tolist()
     ends = [next((at for at, token in enumerate(row) if token in end_ids(model)), len(row)) for row in rows]
     return [row[:end] for row, end in zip(rows, ends, strict=True)]
@@ -48,6 +49,25 @@ def test_greedy_batch_of_all_kinds_is_what_generate_makes(model):
     batch = open_batch(*(tiny_sample(kind, seed=number % 2) for number, kind in enumerate(KINDS)))
     found = answers(model, batch, Decoding(max_new_tokens=12))
     assert [answer.ids for answer in found] == generated(model, batch, 12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_penalty_of_repetitions_is_that_of_generate(model, kind):
+    batch, decoding = open_batch(tiny_sample(kind)), Decoding(max_new_tokens=16, repetition_penalty=1.3)
+    (found,) = answers(model, batch, decoding)
+    wanted = generated(model, batch, 16, repetition_penalty=1.3)
+    assert [found.ids] == wanted != generated(model, batch, 16)
+
+
+def test_a_penalty_is_of_each_rows_own_tokens(model):
+    """In a batch as alone, whatever others hold, also when some have ended; padding is no token that was said."""
+    decoding = Decoding(temperature=1.0, top_p=1.0, max_new_tokens=12, repetition_penalty=1.3)
+    samples = [tiny_sample(kind, seed=number % 2) for number, kind in enumerate(KINDS)]
+    ended = tiny_model()
+    ended.generation_config.eos_token_id = list(range(0, 400, 7))
+    alone = [answers(ended, open_batch(s), decoding, 2, [kind]) for s, kind in zip(samples, KINDS, strict=True)]
+    assert answers(ended, open_batch(*samples), decoding, 2, KINDS) == [answer for two in alone for answer in two]
+    assert len({len(answer.ids) for two in alone for answer in two}) > 2
 
 
 def test_answers_stop_where_generate_stops(model):
@@ -194,7 +214,14 @@ def test_scores_that_are_no_numbers_stop_the_loop(value):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", -1.0), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.1), ("max_new_tokens", 0)],
+    [
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("max_new_tokens", 0),
+        ("repetition_penalty", 0.0),
+    ],
 )
 def test_settings_that_cannot_be_are_refused(name, value):
     with pytest.raises(KokaneeError, match=name):

@@ -58,6 +58,7 @@ class Task:
             "top_p": None if greedy else self.decoding.top_p,
             "seed": None if greedy else self.decoding.seed,
             "max_new_tokens": self.decoding.max_new_tokens,
+            "repetition_penalty": None if self.decoding.repetition_penalty == 1 else self.decoding.repetition_penalty,
             "kokanee": kokanee.__version__,
             **captioner.identity(),
         }

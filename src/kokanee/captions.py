@@ -77,6 +77,7 @@ class How(TypedDict, total=False):
     top_p: float
     seed: int
     max_new_tokens: int
+    repetition_penalty: float
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,15 @@ class Decoding:
     temperature: 0 takes the likeliest token always (greedy; the seed has no effect). top_p: only the likeliest tokens
     that together have this probability are drawn from; the published scripts sample with 0.9. seed: of the random
     numbers. max_new_tokens: where an answer is cut off that has not come to its end, 1024 as published.
+    repetition_penalty: what the scores of tokens that the prompt or the answer holds already are divided by (multiplied
+    by, below 0), as transformers does (CTRL, arXiv 1909.05858, section 4.1); 1 changes nothing.
     """
 
     temperature: float = 0.0
     top_p: float = 0.9
     seed: int = 0
     max_new_tokens: int = 1024
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -100,6 +104,8 @@ class Decoding:
             raise KokaneeError(f"top_p is {self.top_p}, but it is a probability. Give more than 0 and at most 1.")
         if self.max_new_tokens < 1:
             raise KokaneeError(f"max_new_tokens is {self.max_new_tokens}. Give at least 1.")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise KokaneeError(f"repetition_penalty is {self.repetition_penalty}. Give 1 (none) or more, such as 1.05.")
 
 
 @dataclass(frozen=True)
@@ -293,7 +299,8 @@ class FileCaptioner(ABC):
 
     def decoding(self, how: How) -> Decoding:
         """The settings of the decode loop: what the caller gave, else the checkpoint's defaults."""
-        return Decoding(**{"max_new_tokens": self.defaults.max_new_tokens, **how})
+        own = {name: getattr(self.defaults, name) for name in ("max_new_tokens", "repetition_penalty")}
+        return Decoding(**{**own, **how})
 
     def prepare(self, request: Request, question: str | None = None) -> Prepared:
         """Read a file and prepare it for the model; the question is the request's, the given one or the default."""

@@ -239,11 +239,13 @@ def check_tied(files: list[Path], head: str, embedding: str) -> None:
 
 
 def generation_config(folder: Path, model: Kokanee) -> GenerationConfig:
-    """Ids from the folder's generation_config.json, or from the config; decoding settings are the caller's."""
+    """Ids from the folder's generation_config.json, or from the config, and the penalty of repetitions, which is a
+    default (`Defaults`); other settings of decoding are the caller's."""
     path = folder / "generation_config.json"
     stored = read_json(path) if path.is_file() else {}
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return GenerationConfig(**{name: stored.get(name, getattr(model.config, name)) for name in names})
+    kept = {name: stored[name] for name in ("repetition_penalty",) if stored.get(name)}
+    return GenerationConfig(**{name: stored.get(name, getattr(model.config, name)) for name in names}, **kept)
 
 
 def check_tokens(config: KokaneeConfig, processor: Processor) -> None:

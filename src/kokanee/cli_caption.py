@@ -100,6 +100,10 @@ Temperature = Annotated[
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this probability.")]
 Seed = Annotated[int, typer.Option(help="Of the random numbers, where temperature is not 0.")]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest caption, by default the model's own.")]
+Penalty = Annotated[
+    float | None,
+    typer.Option(min=0, help="Lower the scores of tokens that were said; 1 does not, by default the model's own."),
+]
 AudioOnly = Annotated[bool, typer.Option("--audio-only", help="Only listen.")]
 VideoOnly = Annotated[bool, typer.Option("--video-only", help="Only look.")]
 Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Search sub-folders too.")]
@@ -130,6 +134,7 @@ def caption(
     top_p: TopP = 0.9,
     seed: Seed = 0,
     max_new_tokens: MaxNewTokens = None,
+    repetition_penalty: Penalty = None,
     audio_only: AudioOnly = False,
     video_only: VideoOnly = False,
     recursive: Recursive = False,
@@ -151,7 +156,7 @@ def caption(
         raise typer.BadParameter(f"{end:g} is not after the start at {start or 0:g}", param_hint="--end")
     if question is not None and not question.strip():
         raise typer.BadParameter("is empty; leave it out to ask for a caption", param_hint="--question")
-    check_model(model, base_url, device, dtype, base)
+    check_model(model, base_url, device, dtype, base, repetition_penalty)
     if temperature is None:
         temperature = 0.0 if samples == 1 else 1.0
     plan = make_plan(inputs, recursive, format_, out, samples, overwrite)
@@ -160,8 +165,8 @@ def caption(
         every = SUBTITLES_EVERY_S
     use = ("audio",) if audio_only else ("video",) if video_only else ("video", "audio")
     how: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    if max_new_tokens is not None:
-        how["max_new_tokens"] = max_new_tokens
+    given = {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
+    how |= {name: value for name, value in given.items() if value is not None}
 
     from kokanee.caption_run import Task
     from kokanee.captions import Decoding, check_samples
@@ -186,7 +191,14 @@ def caption(
         caption_single(captioner, plan, task, batch_size)
 
 
-def check_model(model: str, base_url: str | None, device: str, dtype: str | None, base: str | None) -> None:
+def check_model(
+    model: str,
+    base_url: str | None,
+    device: str,
+    dtype: str | None,
+    base: str | None,
+    repetition_penalty: float | None = None,
+) -> None:
     """Raise a usage error for options that say nothing about such a model."""
     if not model.startswith(OPENAI):
         if base_url is not None:
@@ -194,7 +206,13 @@ def check_model(model: str, base_url: str | None, device: str, dtype: str | None
         return
     if model == OPENAI:
         raise typer.BadParameter(f"{model} names no model; give {OPENAI}NAME", param_hint="--model")
-    for option, given in (("--device", device != "auto"), ("--dtype", dtype), ("--base", base)):
+    of_ours = {
+        "--device": device != "auto",
+        "--dtype": dtype,
+        "--base": base,
+        "--repetition-penalty": repetition_penalty is not None,
+    }
+    for option, given in of_ours.items():
         if given:
             raise typer.BadParameter(f"says nothing about a server's model ({model}); leave it out", param_hint=option)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from kokanee.errors import KokaneeError
-from kokanee.formats import write_json
+from kokanee.formats import read_json, write_json
 
 DEFAULTS_FILE = "captioner.json"
 
@@ -18,7 +19,8 @@ class Defaults:
 
     The question is by default the one that most clips of the published test set are asked
     (tsinghua-ee/video-SALMONN_2_testset, 84 of 483). max_new_tokens: 1024, as the published scripts generate. note:
-    what whoever captions with it should know, if anything.
+    what whoever captions with it should know, if anything. repetition_penalty: see `captions.Decoding`; where the file
+    does not say, that of generation_config.json, by which transformers, and so the published scripts, generate.
     """
 
     question: str = (
@@ -28,15 +30,18 @@ class Defaults:
     )
     max_new_tokens: int = 1024
     note: str = ""
+    repetition_penalty: float = 1.0
 
     @classmethod
     def of(cls, folder: Path) -> Defaults:
         """The defaults of a checkpoint's folder. Raises `KokaneeError` for a file that does not hold such settings."""
-        path = folder / DEFAULTS_FILE
+        path, generation = folder / DEFAULTS_FILE, folder / "generation_config.json"
+        stored = read_json(generation) if generation.is_file() else {}
+        penalty: dict[str, Any] = {"repetition_penalty": stored.get("repetition_penalty") or 1.0}
         if not path.is_file():
-            return cls()
+            return cls(**penalty)
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            return cls(**{**penalty, **json.loads(path.read_text(encoding="utf-8"))})
         except (ValueError, TypeError) as error:
             known = ", ".join(field.name for field in fields(cls))
             raise KokaneeError(f"{path} does not hold settings ({error}). It may set {known}.") from error

@@ -77,6 +77,9 @@ def steps(
     with memory_said(LESS):
         batch = {name: value.to(device) for name, value in batch.items() if name != "labels"}
     logits_RV, cache = prefill(model, batch, n_samples)
+    held_RV = None
+    if decoding.repetition_penalty != 1:
+        held_RV = tokens_held(batch, logits_RV.shape[-1]).repeat_interleave(n_samples, 0)
     last_3R1 = batch["position_ids"][:, :, -1:].repeat_interleave(n_samples, 1)
     draw = uniform_numbers(decoding, keys or [""] * len(batch["input_ids"]), n_samples)
     ends, n_rows = end_ids(model), len(logits_RV)
@@ -84,6 +87,8 @@ def steps(
     rows = list(range(n_rows))  # those that are still computed; all of a prompt, or none
     for step in range(decoding.max_new_tokens):
         check_finite(logits_RV, step)
+        if held_RV is not None:
+            logits_RV = penalized(logits_RV, held_RV, decoding.repetition_penalty)
         chosen_R = choose(logits_RV, decoding, partial(draw, rows))
         tokens = [NO_TOKEN] * n_rows
         for row, token in zip(rows, chosen_R.tolist(), strict=True):
@@ -92,11 +97,14 @@ def steps(
         yield tokens
         if all(ended) or step + 1 == decoding.max_new_tokens:
             return
+        if held_RV is not None:
+            held_RV.scatter_(1, chosen_R[:, None], True)
         left = [at for at in range(0, len(rows), n_samples) if not all(ended[row] for row in rows[at : at + n_samples])]
         if 2 * n_samples * len(left) <= len(rows):
             kept = [at + sample for at in left for sample in range(n_samples)]
             cache.keep([at // n_samples for at in left])
             rows, chosen_R, last_3R1 = [rows[at] for at in kept], chosen_R[kept], last_3R1[:, kept]
+            held_RV = None if held_RV is None else held_RV[kept]
         last_3R1 = last_3R1 + 1
         logits_RV = one_more(model, chosen_R, last_3R1, cache)
 
@@ -127,6 +135,19 @@ def one_more(model: Kokanee, tokens_R: torch.Tensor, position_3R1: torch.Tensor,
         )
     assert out.logits is not None
     return out.logits[:, -1]
+
+
+def tokens_held(batch: dict[str, torch.Tensor], n_tokens: int) -> torch.Tensor:
+    """Which tokens each prompt holds, without its padding: (B, V) of booleans."""
+    ids_BL, mask_BL = batch["input_ids"], batch["attention_mask"]
+    return torch.zeros(len(ids_BL), n_tokens, device=ids_BL.device).scatter_add_(1, ids_BL, mask_BL.float()) > 0
+
+
+def penalized(logits_RV: torch.Tensor, held_RV: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Scores of which those of tokens that were said are lower; see `Decoding`."""
+    logits_RV = logits_RV.float()
+    lower_RV = torch.where(logits_RV < 0, logits_RV * penalty, logits_RV / penalty)
+    return torch.where(held_RV, lower_RV, logits_RV)
 
 
 @memory_said(LESS)

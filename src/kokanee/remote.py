@@ -156,6 +156,8 @@ class RemoteCaptioner(FileCaptioner):
         concurrency: int,
     ) -> AsyncGenerator[tuple[Job, list[Caption] | KokaneeError], None]:
         """Each job with its captions as they are done, or with why it has none."""
+        if decoding.repetition_penalty != 1:
+            raise KokaneeError("Servers are not asked for a repetition_penalty. Leave it out, or set it there.")
         how = {"temperature": decoding.temperature, "top_p": decoding.top_p, "max_tokens": decoding.max_new_tokens}
         free = asyncio.Semaphore(concurrency)
 
