@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import masking_utils
 
+from kokanee import generation
 from kokanee.captions import Decoding, stream_seed
 from kokanee.errors import KokaneeError
-from kokanee.generation import NO_TOKEN, TextStream, answers, choose, end_ids, steps, text_of
+from kokanee.generation import NO_TOKEN, TextStream, answers, choose, end_ids, prefill, steps, text_of
 from tiny import tiny_model, tiny_processor, tiny_sample
 
 KINDS = ("av", "video", "audio", "image", "text")
@@ -68,6 +70,22 @@ def test_a_penalty_is_of_each_rows_own_tokens(model):
     alone = [answers(ended, open_batch(s), decoding, 2, [kind]) for s, kind in zip(samples, KINDS, strict=True)]
     assert answers(ended, open_batch(*samples), decoding, 2, KINDS) == [answer for two in alone for answer in two]
     assert len({len(answer.ids) for two in alone for answer in two}) > 2
+
+
+def test_long_prompts_are_computed_without_a_mask_and_as_with_one(model, monkeypatch):
+    batch = open_batch(*(tiny_sample(kind, seed=number % 2) for number, kind in enumerate(KINDS)))
+    logits, cache = prefill(model, batch, 1)
+    monkeypatch.setattr(generation, "LONG", 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(masking_utils, "create_causal_mask", None)
+        same, its = prefill(model, batch, 1)
+    assert torch.allclose(logits, same, atol=1e-5)
+    seen = batch["attention_mask"].bool()
+    for ours, theirs in zip(cache.prompts, its.prompts, strict=True):
+        for states, others in zip(ours, theirs, strict=True):
+            assert torch.allclose(states.transpose(1, 2)[seen], others.transpose(1, 2)[seen], atol=1e-5)
+    found = answers(model, batch, Decoding(max_new_tokens=12))
+    assert [answer.ids for answer in found] == generated(model, batch, 12)
 
 
 def test_answers_stop_where_generate_stops(model):

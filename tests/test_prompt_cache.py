@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kokanee.prompt_cache import GROWTH, PromptCache, shared_prompt_attention, shared_prompt_in
+from kokanee.prompt_cache import GROWTH, SHARED_PROMPT_ATTENTION, PromptCache, attention_in, shared_prompt_attention
 from tiny import tiny_model
 
 PROMPTS, SAMPLES, TOKENS, HEADS, GROUPS, WIDTH = 2, 3, 7, 2, 2, 8
@@ -83,7 +83,7 @@ def test_without_a_cache_or_with_a_mask_it_refuses(given):
 def test_the_models_attention_is_its_own_again_afterwards():
     model = tiny_model()
     before = model.language_model.config._attn_implementation
-    with pytest.raises(RuntimeError), shared_prompt_in(model):
+    with pytest.raises(RuntimeError), attention_in(model, SHARED_PROMPT_ATTENTION):
         assert model.language_model.config._attn_implementation != before
         raise RuntimeError
     assert model.language_model.config._attn_implementation == before

@@ -1,4 +1,5 @@
-"""Attention of packed sequences, registered with transformers: of segments, and of branches behind one prompt.
+"""Attention of packed and of padded sequences, registered with transformers: of segments, of branches behind one
+prompt, and of prompts of several lengths.
 
 Segments (the visual tower): every segment sees only itself. transformers runs such segments one by one in Python
 unless flash-attn is there. All of one length are one batch for `scaled_dot_product_attention`: the same numbers, far
@@ -7,6 +8,8 @@ fewer calls (windows at the edges of a frame are smaller: three or four lengths 
 Branches (the decoder): a sequence `[prompt | answer 1 | answer 2 | ...]`, in which the prompt sees itself and each
 answer the prompt and itself. No mask over all pairs is made: each answer is one call on `[prompt | answer]`. Short
 sequences on an accelerator, where so many calls take longer than what they compute, are one call with a mask.
+
+Padded prompts (the decoder, on many long ones): each is one causal call of its own, without a mask over all pairs.
 
 Axes: S tokens of all segments, N segments of L tokens each, H heads, D width of a head, B sequences, P prompt tokens,
 R answer tokens.
@@ -25,6 +28,7 @@ from transformers import AttentionInterface
 # transformers hands segment bounds only to implementations with "flash" in their name.
 SEGMENT_ATTENTION = "kokanee_segments_not_flash"
 BRANCH_ATTENTION = "kokanee_branches"
+PADDED_ATTENTION = "kokanee_padded"
 
 
 def segment_attention(
@@ -128,5 +132,34 @@ def attend(
     return functional.scaled_dot_product_attention(query_HRD[None], key_HLD[None], value_HLD[None], bias, **how)[0]
 
 
+def padded_attention(
+    module: torch.nn.Module,
+    query_BHSD: torch.Tensor,
+    key_BHSD: torch.Tensor,
+    value_BHSD: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    starts: Sequence[int] | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of sequences that are padded on the left: (B, S, H, D), 0 where there is padding.
+
+    `starts`: where each begins. They must be given, and no mask.
+    """
+    if starts is None or attention_mask is not None:
+        raise ValueError("Padded prompts need their beginnings (`starts`) and no mask.")
+    how: dict[str, Any] = {"dropout_p": dropout, "scale": scaling}
+    if key_BHSD.shape[1] != query_BHSD.shape[1]:
+        how["enable_gqa"] = True
+    seen_BSHD = query_BHSD.new_zeros(query_BHSD.transpose(1, 2).shape)
+    for row, start in enumerate(starts):
+        query_HLD, key_HLD, value_HLD = (states[row, :, start:] for states in (query_BHSD, key_BHSD, value_BHSD))
+        seen_BSHD[row, start:] = attend(query_HLD, key_HLD, value_HLD, how).transpose(0, 1)
+    return seen_BSHD, None
+
+
 AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
 AttentionInterface.register(BRANCH_ATTENTION, branch_attention)
+AttentionInterface.register(PADDED_ATTENTION, padded_attention)

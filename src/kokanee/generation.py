@@ -18,16 +18,19 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from kokanee.attention import PADDED_ATTENTION
 from kokanee.captions import Decoding, stream_seed
 from kokanee.errors import KokaneeError, memory_said
 from kokanee.model import Kokanee
-from kokanee.prompt_cache import PromptCache, shared_prompt_in
+from kokanee.prompt_cache import SHARED_PROMPT_ATTENTION, PromptCache, attention_in
 
 LESS = (
     "Caption shorter parts (--end, --every) or fewer files at once (--batch-size 1; in a recipe caption_batch), or "
     "load the model in bfloat16 (--dtype bfloat16; in a recipe dtype)."
 )
 NO_TOKEN = -1
+UNMASKED = {"full_attention": None}  # no mask is to be made
+LONG = 2048  # tokens of prompts from which on a mask over all pairs costs more than a call for each prompt
 DRAWN = 64
 UNFINISHED_CHARACTER = "\ufffd"
 
@@ -113,7 +116,13 @@ def steps(
 @torch.no_grad()
 def prefill(model: Kokanee, batch: dict[str, torch.Tensor], n_samples: int) -> tuple[torch.Tensor, PromptCache]:
     """Scores (R, V) of each sample's first token, and the cache of the prompts, which the samples share."""
-    out = model(**batch, use_cache=True, logits_to_keep=1)
+    starts = (batch["attention_mask"] == 0).sum(1).tolist()
+    if any(starts) and batch["input_ids"].shape[1] >= LONG:
+        with attention_in(model, PADDED_ATTENTION):
+            shown: dict[str, Any] = {**batch, "attention_mask": UNMASKED}
+            out = model(**shown, use_cache=True, logits_to_keep=1, starts=starts)
+    else:
+        out = model(**batch, use_cache=True, logits_to_keep=1)
     assert out.logits is not None and out.past_key_values is not None
     cache = PromptCache(out.past_key_values, batch["attention_mask"], n_samples)
     return out.logits[:, -1].repeat_interleave(n_samples, 0), cache
@@ -123,11 +132,11 @@ def prefill(model: Kokanee, batch: dict[str, torch.Tensor], n_samples: int) -> t
 @torch.no_grad()
 def one_more(model: Kokanee, tokens_R: torch.Tensor, position_3R1: torch.Tensor, cache: PromptCache) -> torch.Tensor:
     """Scores (R, V) of the token after `tokens_R`; the cache grows by one."""
-    with shared_prompt_in(model):
+    with attention_in(model, SHARED_PROMPT_ATTENTION):
         # A token that was generated is never a placeholder, whatever its id, so it is embedded as text.
         out = model(
             inputs_embeds=model.get_input_embeddings()(tokens_R.to(position_3R1.device)[:, None]),
-            attention_mask={"full_attention": None},  # none is to be made
+            attention_mask=UNMASKED,
             position_ids=position_3R1,
             use_cache=False,
             logits_to_keep=1,

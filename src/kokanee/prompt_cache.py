@@ -108,12 +108,12 @@ def shared_prompt_attention(
 
 
 @contextlib.contextmanager
-def shared_prompt_in(model: Kokanee) -> Iterator[None]:
-    """The model's decoder takes single tokens behind a `PromptCache`."""
+def attention_in(model: Kokanee, attention: str) -> Iterator[None]:
+    """The model's decoder has this attention, of which the arguments are given to the model."""
     config = model.language_model.config
     before = config._attn_implementation
     assert set(config.layer_types or ()) <= {"full_attention"}, "samples see the whole prompt"
-    config._attn_implementation = SHARED_PROMPT_ATTENTION
+    config._attn_implementation = attention
     try:
         yield
     finally:
