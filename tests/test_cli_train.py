@@ -160,6 +160,6 @@ def test_rebirth_is_a_stage_that_tells_what_it_kept_and_how_the_student_is_now(t
     assert "6 of 6 captions kept" in found.stderr and "validation clips" in found.stderr
     load(tmp_path / "run" / "model")
     again = kk("train", path, "--out", tmp_path / "run", "--set", "keep.max_words=1", code=1)
-    assert "keep: {'cut_off': True" in again.stderr and "before" in again.stderr
+    assert "(keep.max_words: None before, 1 now)" in again.stderr
     rounds = kk("train", path, "--out", tmp_path / "run", "--rounds", "2", code=2)
     assert "only mrdpo has rounds" in rounds.stderr

@@ -167,3 +167,9 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_differences_name_both_sides():
     assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": None}) == ["b: 2 before, 3 now"]
+
+
+def test_differences_inside_settings_are_named_alone_and_in_full():
+    before, now = ({"data": {"train": {"videos": "x", "unreadable": share}, "seed": 0}} for share in (0.02, 0.3))
+    assert differences(before, now) == ["data.train.unreadable: 0.02 before, 0.3 now"]
+    assert differences({"data": {}}, {"data": {"prompts": ["a"]}}) == ["data.prompts: None before, ['a'] now"]

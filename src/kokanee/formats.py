@@ -202,8 +202,18 @@ def refuse_foreign(folder: Path, state: str, brought: Sequence[str] = ()) -> Non
         raise KokaneeError(f"{folder} holds other files (such as {names[0]}) and no {state}. Choose an empty folder.")
 
 
+def flat(settings: dict[str, Any], name: str = "") -> dict[str, Any]:
+    """Settings inside settings, each by its whole name, such as data.train.videos; `name`: of what they are inside."""
+    found = {}
+    for key, value in settings.items():
+        whole = f"{name}.{key}" if name else key
+        found |= flat(value, whole) if isinstance(value, dict) else {whole: value}
+    return found
+
+
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two settings, a phrase for each key."""
+    """What differs between two settings, a phrase for each of them, those inside others by their whole names."""
+    before, now = flat(before), flat(now)
     return [
         f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
         for key in dict.fromkeys((*before, *now))

@@ -106,14 +106,14 @@ def check_same(out: Path, settings: dict[str, Any]) -> None:
     state = out / STATE
     if not state.is_file():
         write_json(state, settings)
-    differing = differences(*map(flat, (read_json(state), settings)))
+    differing = differences(*map(compared, (read_json(state), settings)))
     if differing:
         raise KokaneeError(
             f"{out} was made with other settings ({'; '.join(differing)}). Use the same, or another folder."
         )
 
 
-def flat(settings: dict[str, Any]) -> dict[str, Any]:
+def compared(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings with each of the processor's by its own name. A server's address is none: it may move."""
     apart = ("processor", "server")
     return {name: value for name, value in settings.items() if name not in apart} | settings.get("processor", {})

@@ -128,7 +128,7 @@ def checked_settings(
     """The recipes, what they change in the shipped ones, and the results that the report is about as well. Raises
     `KokaneeError` for what is wrong with them, before anything is begun."""
     recipes = recipes_of(settings)
-    changed = differences(flat(recipes_of(replace(settings, changed=()))), flat(recipes))
+    changed = differences(recipes_of(replace(settings, changed=())), recipes)
     others = [comparable(read_results(folder), settings, changed, folder) for folder in beside]
     check_recipes(settings, recipes)
     check_claim(out, settings, recipes)
@@ -207,7 +207,7 @@ def check_claim(out: Path, settings: Settings, recipes: dict[str, dict[str, Any]
     old = {name: recipe for name, recipe in before["recipes"].items() if begun(out, name)}
     now = {name: recipes.get(name, recipe) for name, recipe in old.items()}
     was = {"from" if name == "start" else name: value for name, value in before["settings"].items()}
-    differing = differences(was, chosen(settings)) or differences(flat(old), flat(now))
+    differing = differences(was, chosen(settings)) or differences(old, now)
     if differing:
         raise KokaneeError(
             f"{out} holds a reproduction with other settings ({'; '.join(differing)}). Continue with the old ones, "
@@ -220,15 +220,6 @@ def check_claim(out: Path, settings: Settings, recipes: dict[str, dict[str, Any]
             "choose another folder."
         )
     return before
-
-
-def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Settings inside settings, each by its whole name, such as 5-sft.data.questions."""
-    if not isinstance(value, dict):
-        return {name: value}
-    return {
-        key: one for inner, found in value.items() for key, one in flat(found, f"{name}.{inner}".strip(".")).items()
-    }
 
 
 def shipped_recipes() -> Path:

@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from kokanee.errors import KokaneeError, memory_said
-from kokanee.formats import append_jsonl, differences, read_jsonl, refuse_foreign, replaced_file, write_json
+from kokanee.formats import append_jsonl, differences, flat, read_jsonl, refuse_foreign, replaced_file, write_json
 from kokanee.recipes import Training
 
 Batch = dict[str, torch.Tensor]
@@ -180,7 +180,7 @@ def claim(
             if not field.is_required()
         }
         compared = [
-            {name: value for name, value in recipe_of.items() if name not in free}
+            {name: value for name, value in flat(recipe_of).items() if not is_in(name, free)}
             for recipe_of in ({**defaults, **before["recipe"]}, settings["recipe"])
         ]
         differing = differences(*compared)
@@ -194,6 +194,11 @@ def claim(
                 "Continue with the old ones, or choose another folder."
             )
     write_json(known, settings)
+
+
+def is_in(name: str, settings: Sequence[str]) -> bool:
+    """Whether the whole name of a setting is one of these or inside one of them."""
+    return any(f"{name}.".startswith(f"{one}.") for one in settings)
 
 
 def choose(objective: Objective, parts: tuple[str, ...]) -> dict[str, nn.Parameter]:
