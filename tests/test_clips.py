@@ -182,9 +182,9 @@ def test_captions_without_events_are_told(tiny, data, tmp_path, events):
         FileClips(*tiny, found, tmp_path / "store", "What happens?")
 
 
-def recipe_of(found: FileData, checkpoint: Path, url: str) -> MrdpoRecipe:
+def recipe_of(found: FileData, checkpoint: Path, url: str, clips: int = 4) -> MrdpoRecipe:
     data = {"train": found.model_dump(), "validation": found.model_dump()}
-    more = {"judge": "openai:m", "judging": {"base_url": url}, "rounds": 1, "clips": 4, "validation_clips": 2}
+    more = {"judge": "openai:m", "judging": {"base_url": url}, "rounds": 1, "clips": clips, "validation_clips": 2}
     return MrdpoRecipe(**{**SMALL, **more, "model": str(checkpoint), "data": data})
 
 
@@ -225,14 +225,18 @@ def test_media_are_given_up_after_their_round_where_that_is_asked_for(tiny_check
     assert len(list((tmp_path / "given up" / "media" / "validation").glob("*.safetensors"))) == 2
 
 
-def test_too_many_unreadable_files_stop_the_run(tiny_checkpoint, data, media, tmp_path):
-    for name in ("first.mp4", "second.mp4"):
+def test_too_many_unreadable_files_stop_the_run_until_more_are_allowed_for(tiny_checkpoint, data, media, tmp_path):
+    names = ("first.mp4", "second.mp4", "silent.mp4", "sound.wav")
+    for name in names:
         shutil.copy(media / name, tmp_path)
     (tmp_path / "broken.mp4").write_bytes(b"no video")
-    found = data("first.mp4", "second.mp4", "broken.mp4").model_copy(update={"videos": str(tmp_path)})
-    told = r"1 of 3 files cannot be read, such as: .*broken.mp4.*data.train.unreadable"
-    with serving(judged) as (_, url), pytest.raises(KokaneeError, match=told):
-        run(recipe_of(found, tiny_checkpoint, url).model_copy(update={"clips": 3}), tmp_path / "run")
+    found = data(*names, "broken.mp4").model_copy(update={"videos": str(tmp_path)})
+    told = r"1 of 5 files cannot be read, such as: .*broken.mp4.*higher data.train.unreadable, and start again"
+    with serving(judged) as (_, url):
+        with pytest.raises(KokaneeError, match=told):
+            run(recipe_of(found, tiny_checkpoint, url, clips=5), tmp_path / "run")
+        more = found.model_copy(update={"unreadable": 0.2})
+        assert len(run(recipe_of(more, tiny_checkpoint, url, clips=5), tmp_path / "run")) == 2
 
 
 def test_a_judge_that_nobody_is_at_is_told_before_anything_is_captioned(tiny_checkpoint, data, tmp_path):
@@ -247,7 +251,7 @@ def test_files_that_are_not_there_are_told_before_anything_is_captioned(tiny_che
     found = data("first.mp4", "second.mp4", "gone.mp4")
     told = r"data.train: 1 of 3 files are not there, such as .*gone.mp4.*data.train.videos"
     with serving(judged) as (server, url), pytest.raises(KokaneeError, match=told):
-        run(recipe_of(found, tiny_checkpoint, url).model_copy(update={"clips": 3}), tmp_path / "run")
+        run(recipe_of(found, tiny_checkpoint, url, clips=3), tmp_path / "run")
     assert not server.requests and not (tmp_path / "run" / "round-00").exists()
 
 

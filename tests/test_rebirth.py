@@ -239,6 +239,25 @@ def test_videos_are_captioned_by_the_teacher_and_learnt_by_a_student_that_sees_o
         run_rebirth(recipe(model=str(student), data=data), tmp_path / "run", quiet)
 
 
+def test_what_the_teacher_told_serves_on_where_too_many_files_cannot_be_read(recipe, videos, tmp_path, monkeypatch):
+    """In the same folder with a higher share, and in another as data.train.captions."""
+
+    def of(unreadable: float, captions: str | None = None) -> RebirthRecipe:
+        train = {"videos": str(videos), "unreadable": unreadable, "captions": captions}
+        return recipe(data={"train": train}, **({"teacher": None} if captions else {}))
+
+    run_rebirth(of(0.25), tmp_path / "whole", quiet)
+    with pytest.raises(KokaneeError, match=r"1 of 4 files have no caption.*higher data.train.unreadable, and start"):
+        run_rebirth(of(0.0), tmp_path / "run", quiet)
+    monkeypatch.setattr("kokanee.rebirth.teacher_of", lambda *_: pytest.fail("captioned twice"))
+    made = run_rebirth(of(0.25), tmp_path / "run", quiet)
+    assert made["captions"]["captions"] == 3 and weights(tmp_path / "run") == weights(tmp_path / "whole")
+    run_rebirth(of(0.0), tmp_path / "run", quiet)  # what is learnt stays as it is
+    captions = str(tmp_path / "run" / "captions.jsonl")
+    run_rebirth(of(0.0, captions), tmp_path / "other", quiet)
+    assert weights(tmp_path / "other") == weights(tmp_path / "whole")
+
+
 def test_a_file_that_was_mended_after_the_run_stopped_is_captioned(recipe, videos, media, tmp_path):
     data = {"train": {"videos": str(videos), "unreadable": 0.0}}
     with pytest.raises(KokaneeError, match="none is no folder here"):

@@ -57,6 +57,7 @@ from kokanee.teaching import (
     CAPTIONS,
     SHARDS,
     Teaching,
+    enough,
     is_remote,
     keep_captions,
     said_of_files,
@@ -259,8 +260,9 @@ def taught(
     recipe: RebirthRecipe, data: FileData, files: Sequence[Path], folder: Path, team: Team, report: Progress
 ) -> FileData:
     """The same data with the teacher's captions of these files, which are made where they are not there yet."""
-    there = team.share([[None]], 0, lambda _: [(folder / CAPTIONS).is_file()])[0]  # the main process decides
-    if not there:
+    learning = (folder / MEDIA / "train").is_dir()  # from then on clips are known by their places in the captions
+    there = learning or enough(folder, files, data.unreadable)
+    if not team.share([[None]], 0, lambda _: [there])[0]:  # the main process decides
         dtype, alone = getattr(torch, recipe.dtype), is_remote(str(recipe.teacher))
 
         def asking(teacher: FileCaptioner) -> Asking:

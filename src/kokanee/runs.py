@@ -176,8 +176,8 @@ def tasks_for(run: Run[Any], data: Source, part: Part, numbers: Sequence[int], k
         run.team.wait()
         clips.try_again()
         raise KokaneeError(
-            f"{len(lost)} of {len(numbers)} files cannot be read, such as: {failed[lost[0]]} Mend these files and "
-            f"start again, or begin in another folder, without them or with a higher data.{part}.unreadable."
+            f"{len(lost)} of {len(numbers)} files cannot be read, such as: {failed[lost[0]]} Mend these files, or "
+            f"allow for more with a higher data.{part}.unreadable, and start again."
         )
     left = sorted((number for number in numbers if number not in failed), key=lambda n: (clips.n_tokens(n), n))
     return [clips.task(number, run.recipe.questions, key) for number in left]

@@ -16,7 +16,7 @@ from kokanee.drafts import Team
 from kokanee.endpoint import Endpoint
 from kokanee.errors import KokaneeError
 from kokanee.files import file_key, find, is_image
-from kokanee.formats import drop_half_start, write_jsonl
+from kokanee.formats import drop_half_start, read_jsonl, write_jsonl
 from kokanee.outputs import read_records
 from kokanee.remote import TIMEOUT_S, FrameSettings, RemoteCaptioner
 from kokanee.tuning import FORBID
@@ -116,17 +116,11 @@ def said_of_files(
 def keep_captions(folder: Path, files: Sequence[Path], videos: Path, unreadable: float) -> None:
     """Write the captions of these files, from all shards, as one file, by the names that files have below `videos`.
 
-    Raises `KokaneeError` where more files than `unreadable` have no caption.
+    Raises `KokaneeError` where more files than `unreadable` have no caption, when the others are written.
     """
     shards = sorted((folder / SHARDS).glob("*.jsonl"))
     by_file = {key: record for shard in shards for key, record in read_records(shard).items()}
     records = [(path, by_file[file_key(path)]) for path in files if file_key(path) in by_file]
-    lost = [record["error"] for _, record in records if "error" in record]
-    if len(lost) > unreadable * len(files):
-        raise KokaneeError(
-            f"{len(lost)} of {len(files)} files have no caption, such as: {lost[0]} Mend these files and start again, "
-            "or begin in another folder, without them or with a higher data.train.unreadable."
-        )
     made = [
         {
             "file": path.relative_to(videos).as_posix(),
@@ -137,3 +131,15 @@ def keep_captions(folder: Path, files: Sequence[Path], videos: Path, unreadable:
         if "error" not in record
     ]
     write_jsonl(folder / CAPTIONS, made)
+    if not enough(folder, files, unreadable):
+        lost = [record["error"] for _, record in records if "error" in record]
+        raise KokaneeError(
+            f"{len(lost)} of {len(files)} files have no caption, such as: {lost[0]} Mend these files, or allow for "
+            "more with a higher data.train.unreadable, and start again."
+        )
+
+
+def enough(folder: Path, files: Sequence[Path], unreadable: float) -> bool:
+    """Whether captions are kept, and of no more of the files than `unreadable` there is none."""
+    kept = folder / CAPTIONS
+    return kept.is_file() and len(files) - len(read_jsonl(kept)) <= unreadable * len(files)

@@ -17,6 +17,8 @@ FREE = (
     "save_every",
     "caption_batch",
     "gradient_checkpointing",
+    "data.train.unreadable",
+    "data.validation.unreadable",
 )
 """Settings that a run may go on with changed: they change nothing that is done, and what comes by rounding at most."""
 FORBID = ConfigDict(frozen=True, extra="forbid")
