@@ -146,6 +146,31 @@ def test_questions_prompts_and_captions_are_those_of_the_files(tiny, data, tmp_p
     assert [event.text for event in first.truth.events] == ["Something moves.", "It sounds."]
 
 
+def test_files_are_found_by_the_names_that_captions_made_elsewhere_have(tiny, data, media, tmp_path):
+    """Captions of `kokanee caption media/`, of absolute paths, and of paths on another machine."""
+    for names in ("media/first.mp4", "second.mp4"), (str(media / "first.mp4"), "/elsewhere/media/second.mp4"):
+        asked = [{"file": name, "question": "Who?", "answer": name} for name in ("first", "second.mp4", "silent.mp4")]
+        found = data(*names, questions=write(tmp_path / "q.jsonl", asked))
+        clips = FileClips(*tiny, found, tmp_path / "store", "What happens?")
+        assert clips.files() == [media / "first.mp4", media / "second.mp4"]
+        assert [clips.task(number, 1, "key").questions for number in (0, 1)] == [
+            (("Who?", "first"),),
+            (("Who?", "second.mp4"),),
+        ]
+        assert [question.file for question in clips.asked_of_others] == ["silent.mp4"]
+    with pytest.raises(KokaneeError, match=r"one/first.mp4 and two/first.mp4 both mean .*media.*/first.mp4"):
+        FileClips(*tiny, data("one/first.mp4", "two/first.mp4"), tmp_path / "store", "What happens?")
+
+
+def test_questions_about_no_clip_are_counted_and_told(tiny_checkpoint, data, tmp_path, caplog):
+    names = ("first.mp4", "second.mp4", "silent.mp4", "sound.wav")
+    asked = [{"file": name, "question": "Who?", "answer": "me"} for name in ("first", "fist", "third.mp4")]
+    found = data(*names, questions=write(tmp_path / "q.jsonl", asked))
+    with serving(judged) as (_, url):
+        run(recipe_of(found, tiny_checkpoint, url), tmp_path / "run")
+    assert "data.train: 2 questions of" in caplog.text and "such as one about fist, and are left out" in caplog.text
+
+
 def test_a_question_finds_its_file_by_any_path_and_others_are_left_alone(tiny, data, tmp_path):
     asked = [{"file": f"/videos/{file}", "question": "Who?", "answer": "me"} for file in ("second.mp4", "other.mp4")]
     found = data("first.mp4", "second.mp4", questions=write(tmp_path / "q.jsonl", asked))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kokanee.errors import KokaneeError
-from kokanee.files import Found, find, is_image, output_names
+from kokanee.files import Found, by_names, find, is_image, output_names
 
 
 @pytest.fixture
@@ -36,6 +36,16 @@ def test_patterns_are_expanded_and_each_file_comes_once(tree):
 
 def test_a_file_comes_once_however_its_path_is_written(tree):
     assert named("clips/b.mp4", "clips/deep/../b.mp4", str(tree / "clips" / "b.mp4")) == ["clips/b.mp4"]
+
+
+def test_a_name_from_elsewhere_is_of_the_file_that_its_longest_end_is(tmp_path):
+    for name in ("a.mp4", "in/a.mp4", "b.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    path_of = by_names(tmp_path)
+    same = ("a.mp4", "a.mp4"), ("in/a.mp4", "in/a.mp4"), ("/x/in/a.mp4", "in/a.mp4"), ("x/b", "b.mp4"), ("c", "c")
+    assert [path_of(name) for name, _ in same] == [tmp_path / path for _, path in same]
+    assert path_of(str(tmp_path / "b.mp4")) == tmp_path / "b.mp4"
 
 
 def test_a_plain_path_is_taken_as_it_is(tree):

@@ -188,6 +188,8 @@ def test_names_without_an_ending_are_of_the_one_file_so_called(tmp_path):
         ("a.b", "a.b.mp4", 1),
         ("none", "none", 1),
     ]
+    (elsewhere,) = by_video([Question("/elsewhere/videos/abc", "What?", "x")], tmp_path)
+    assert elsewhere.path == tmp_path / "abc.mp4"
     with pytest.raises(KokaneeError, match=r"may be two\.mkv or two\.mp4"):
         by_video([Question("two", "What?", "x")], tmp_path)
     with pytest.raises(KokaneeError, match=r"None of the 1 videos is there \(such as none, looked for in"):

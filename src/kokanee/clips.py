@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -23,17 +23,17 @@ from kokanee.conversations import block_of, digest
 from kokanee.errors import KokaneeError, memory_said
 from kokanee.events import AtomicEvent
 from kokanee.features import Features, read_store
-from kokanee.files import is_image
+from kokanee.files import by_names, file_key, is_image
 from kokanee.formats import append_jsonl, read_jsonl, replaced_file
 from kokanee.ground_truth import Truth, place, read_ground_truth
 from kokanee.layout import Block
 from kokanee.media import read_image
 from kokanee.model import Kokanee
-from kokanee.predictions import FileNames, read_predictions
+from kokanee.predictions import read_predictions
 from kokanee.prefix import Sample
 from kokanee.processor import Processor
 from kokanee.prompt import Turn
-from kokanee.questions import in_words, read_questions
+from kokanee.questions import Question, in_words, read_questions
 from kokanee.world.annotators import Bias, annotate
 from kokanee.world.facts import exact, facts_of
 from kokanee.world.language import write
@@ -237,7 +237,8 @@ class Known:
 
 class FileClips:
     """Clips in files. What the encoders make of them is kept in `store`, with the reasons of those that they cannot
-    read. `judged`: raise `KokaneeError` for a clip without events."""
+    read. `judged`: raise `KokaneeError` for a clip without events. `asked_of_others`: questions about no clip of these.
+    """
 
     def __init__(
         self, model: Kokanee, processor: Processor, data: FileData, store: Path, question: str, judged: bool = True
@@ -245,7 +246,9 @@ class FileClips:
         self.model, self.processor, self.data, self.store = model, processor, data, store
         self.prompts = data.prompts or (question,)
         self.known = known_of(data, judged)
-        self.asked = questions_of(Path(data.questions), [one.file for one in self.known]) if data.questions else {}
+        files = {one.file: one.path for one in self.known}
+        asked = questions_of(Path(data.questions), Path(data.videos), files) if data.questions else ({}, [])
+        self.asked, self.asked_of_others = asked
 
     def __len__(self) -> int:
         return len(self.known)
@@ -320,6 +323,7 @@ def known_of(data: FileData, judged: bool) -> list[Known]:
     told = [said for said in everything if (said.text or not (judged or said.reason)) and not said.sample]
     if not told:
         raise KokaneeError(f"{data.captions} holds no captions. Give a file of captions.")
+    paths = located([said.file for said in told], Path(data.videos))
     found = [(said, truths.of(said) if truths else None) for said in told]
     lacking = [place(said) for said, truth in found if truth is None or not truth.events]
     if lacking and judged:
@@ -331,7 +335,7 @@ def known_of(data: FileData, judged: bool) -> list[Known]:
     return [
         Known(
             said.file,
-            Path(data.videos) / said.file,
+            paths[said.file],
             said.text,
             replace(truth, file=said.file) if truth else Truth(said.file, (), said.start_s, said.end_s),
             said.finished,
@@ -340,20 +344,41 @@ def known_of(data: FileData, judged: bool) -> list[Known]:
     ]
 
 
-def questions_of(path: Path, files: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
-    """The questions about each of these files, with their answers, from any file that `kokanee qa` reads.
+def located(names: Sequence[str], folder: Path) -> dict[str, Path]:
+    """The file of a folder that each name means, see `files.by_names`. Raises `KokaneeError` for two of the same file:
+    one of them may be of a file that was elsewhere."""
+    path_of = by_names(folder)
+    paths = {name: path_of(name) for name in names}
+    owners: dict[str, str] = {}
+    for name, path in paths.items():
+        other = owners.setdefault(file_key(path), name)
+        if other != name:
+            raise KokaneeError(f"{other} and {name} both mean {path}. Name files by their paths below {folder}.")
+    return paths
+
+
+def questions_of(
+    path: Path, folder: Path, files: Mapping[str, Path]
+) -> tuple[dict[str, list[tuple[str, str]]], list[Question]]:
+    """The questions about each of these files of a folder, with their answers, by the names that the files have, from
+    any file that `kokanee qa` reads, found as there; and those that are about none of the files.
 
     Raises `KokaneeError` for a line that is no question, and where no question is about any of the files.
     """
-    names = FileNames(files)
+    path_of, names = by_names(folder), {file_key(there): name for name, there in files.items()}
     found: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
+    others = []
     for asked in read_questions(path):
-        same = names.same(asked.file)
-        if same is not None:
-            found[same].append(in_words(asked))
+        name = names.get(file_key(path_of(asked.file)))
+        if name is None:
+            others.append(asked)
+        else:
+            found[name].append(in_words(asked))
     if not found:
-        raise KokaneeError(f"No question of {path} is about a file that has a caption. Check the files' names.")
-    return dict(found)
+        raise KokaneeError(
+            f"No question of {path} is about a file that has a caption (such as {others[0].file}). Check the names."
+        )
+    return dict(found), others
 
 
 @memory_said(LESS_SHOWN)

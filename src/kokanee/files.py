@@ -5,8 +5,9 @@ from __future__ import annotations
 import glob
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from kokanee.errors import KokaneeError
@@ -57,6 +58,31 @@ def file_key(path: str | os.PathLike[str]) -> str:
     """What a file is known by, however its path is written; a link to a file is a file of its own."""
     path = Path(path)
     return str(path.parent.resolve() / path.name)
+
+
+def by_names(folder: Path) -> Callable[[str], Path]:
+    """Finds a folder's files by names that start from it, or from elsewhere, as those of captions made elsewhere do.
+
+    A name means what the longest end of it is in the folder: a file, or where it has no ending the one media file so
+    called. The name as it stands is returned where that is nothing. Raises `KokaneeError` where several are so called.
+    """
+
+    @cache
+    def inside(place: Path) -> list[Path]:
+        return sorted(path for path in place.iterdir() if path.suffix.lower() in MEDIA) if place.is_dir() else []
+
+    @cache
+    def path_of(name: str) -> Path:
+        parts = Path(name).parts
+        for path in (folder.joinpath(*parts[first:]) for first in range(len(parts))):
+            named = [path] if path.is_file() else [other for other in inside(path.parent) if other.stem == path.name]
+            if len(named) > 1:
+                raise KokaneeError(f"{path} may be {named[0].name} or {named[1].name}. Name files with their endings.")
+            if named:
+                return named[0]
+        return folder / name
+
+    return path_of
 
 
 def find(named: Sequence[str], recursive: bool = False) -> tuple[list[Found], bool]:

@@ -11,13 +11,12 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
 from kokanee.errors import KokaneeError
-from kokanee.files import MEDIA, SAMPLES
+from kokanee.files import SAMPLES, by_names
 from kokanee.formats import read_jsonl
 
 LETTERS = ascii_uppercase
@@ -223,22 +222,10 @@ def in_words(question: Question) -> tuple[str, str]:
 def by_video(questions: Sequence[Question], folder: Path) -> list[Video]:
     """The questions of each file of a folder, in the order in which files are first asked about.
 
-    A name without an ending is that of the one media file so called. Raises `KokaneeError` where several are, and where
-    none of the files is there; single files that are missing are told when they are read.
+    Files are found as by `files.by_names`. Raises `KokaneeError` where that does, and where none of the files is there;
+    single files that are missing are told when they are read.
     """
-
-    @cache
-    def inside(place: Path) -> list[Path]:
-        return sorted(path for path in place.iterdir() if path.suffix.lower() in MEDIA) if place.is_dir() else []
-
-    @cache
-    def path_of(file: str) -> Path:
-        path = folder / file
-        named = [] if path.is_file() else [other for other in inside(path.parent) if other.stem == path.name]
-        if len(named) > 1:
-            raise KokaneeError(f"{path} may be {named[0].name} or {named[1].name}. Name files with their endings.")
-        return named[0] if named else path
-
+    path_of = by_names(folder)
     found: dict[Path, list[Question]] = {}
     for question in questions:
         found.setdefault(path_of(question.file), []).append(question)

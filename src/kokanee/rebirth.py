@@ -250,7 +250,7 @@ def videos_of(recipe: RebirthRecipe, data: FileData, checked: Clips | None) -> l
     if data.events:
         read_ground_truth(Path(data.events))
     if data.questions:
-        questions_of(Path(data.questions), [path.relative_to(data.videos).as_posix() for path in files])
+        questions_of(Path(data.questions), Path(data.videos), {path.as_posix(): path for path in files})
     if is_remote(str(recipe.teacher)):
         server_of(str(recipe.teacher), recipe.teaching).check_reachable()
     return files

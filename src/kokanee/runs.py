@@ -4,6 +4,7 @@ is paid for."""
 from __future__ import annotations
 
 import datetime
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from kokanee.drafts import Team, Writer
 from kokanee.endpoint import Asker, Endpoint
 from kokanee.errors import KokaneeError
 from kokanee.judges import LanguageModelJudge
+from kokanee.launch import is_main
 from kokanee.model import Kokanee
 from kokanee.processor import Processor
 from kokanee.scoring import ExactJudge, Judge, ModelJudge
@@ -28,6 +30,7 @@ from kokanee.stages import fingerprint_of
 from kokanee.tuning import Source, Tuning
 from kokanee.weights import fingerprint
 
+logger = logging.getLogger("kokanee")
 REPLIES, MEDIA = "replies.jsonl", "media"
 Progress = Callable[[str, int, int, dict[str, float]], None]
 Part = Literal["train", "validation"]
@@ -96,7 +99,17 @@ def clips_of(
     if isinstance(data, WorldData):
         return WorldClips(model, processor, data, part)
     question = Defaults.of(origin(recipe.model)).question
-    return FileClips(model, processor, data, folder / MEDIA / part, question, judged)
+    clips = FileClips(model, processor, data, folder / MEDIA / part, question, judged)
+    others = clips.asked_of_others
+    if others and is_main():
+        logger.warning(
+            "data.%s: %d questions of %s are about no clip of it, such as one about %s, and are left out",
+            part,
+            len(others),
+            data.questions,
+            others[0].file,
+        )
+    return clips
 
 
 def start_of(model: Kokanee, processor: Processor, clips: dict[Part, Clips | None]) -> dict[str, str]:
