@@ -17,9 +17,10 @@ from kokanee.formats import read_jsonl
 from kokanee.mrdpo_recipe import MrdpoRecipe
 from kokanee.prompt import Turn
 from kokanee.protocol import LISTS
+from kokanee.rebirth import RebirthRecipe, run_rebirth
 from kokanee.world.language import parse
 from model_server import serving
-from mrdpo_runs import SMALL, run
+from mrdpo_runs import SMALL, quiet, run
 
 
 def told(files: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -208,7 +209,12 @@ def test_captions_without_events_are_told(tiny, data, tmp_path, events):
 
 
 def recipe_of(found: FileData, checkpoint: Path, url: str, clips: int = 4) -> MrdpoRecipe:
-    data = {"train": found.model_dump(), "validation": found.model_dump()}
+    apart = Path(str(found.captions)).parent / "apart"  # the same to look at, but other files
+    apart.mkdir(exist_ok=True)
+    for path in Path(found.videos).iterdir():
+        if path.suffix in (".mp4", ".wav"):
+            shutil.copy(path, apart)
+    data = {"train": found.model_dump(), "validation": {**found.model_dump(), "videos": str(apart)}}
     more = {"judge": "openai:m", "judging": {"base_url": url}, "rounds": 1, "clips": clips, "validation_clips": 2}
     return MrdpoRecipe(**{**SMALL, **more, "model": str(checkpoint), "data": data})
 
@@ -278,6 +284,25 @@ def test_files_that_are_not_there_are_told_before_anything_is_captioned(tiny_che
     with serving(judged) as (server, url), pytest.raises(KokaneeError, match=told):
         run(recipe_of(found, tiny_checkpoint, url, clips=3), tmp_path / "run")
     assert not server.requests and not (tmp_path / "run" / "round-00").exists()
+
+
+@pytest.mark.parametrize("kind", ["mrdpo", "rebirth"])
+def test_clips_to_be_measured_by_that_are_learnt_from_are_told_before_anything_is_captioned(
+    tiny_checkpoint, data, tmp_path, kind
+):
+    found = data("first.mp4", "second.mp4", "silent.mp4", "sound.wav")
+    with serving(judged) as (server, url):
+        recipe = recipe_of(found, tiny_checkpoint, url)
+        apart = Path(recipe.data.validation.videos)  # pyright: ignore[reportAttributeAccessIssue]
+        (apart / "sound.wav").unlink()
+        (apart / "sound.wav").symlink_to(Path(found.videos) / "sound.wav")
+        shared = recipe.model_dump(include=set(RebirthRecipe.model_fields) - {"stage", "keep"})
+        with pytest.raises(KokaneeError, match=r"1 of 4 files of data.train are in data.validation too, such as .*wav"):
+            if kind == "mrdpo":
+                run(recipe, tmp_path / "run")
+            else:
+                run_rebirth(RebirthRecipe(stage="rebirth", **shared), tmp_path / "run", quiet)
+        assert not server.requests and not (tmp_path / "run" / "state.json").exists()
 
 
 def test_clips_of_the_world_are_heard_together_as_alone(tiny, tiny_stores, monkeypatch):

@@ -132,8 +132,6 @@ def train_rounds(settings: dict[str, Any], source: str, out: Path, command: Sequ
 
     with as_worker():
         recipe = checked(MrdpoRecipe, settings, source)
-        if is_main() and recipe.data.train == recipe.data.validation:
-            say("data.validation is data.train, so that rounds are measured by what they have learnt.")
         with rounds_progress() as report:
             found = run_mrdpo(recipe, out, report)
         if is_main():
@@ -154,8 +152,6 @@ def train_rebirth(settings: dict[str, Any], source: str, out: Path, command: Seq
 
     with as_worker():
         recipe = checked(RebirthRecipe, settings, source)
-        if is_main() and recipe.data.train == recipe.data.validation:
-            say("data.validation is data.train, so that the student is measured by what it has learnt.")
         with rounds_progress() as report:
             made = run_rebirth(recipe, out, report)
         if is_main():

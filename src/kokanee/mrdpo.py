@@ -42,6 +42,7 @@ from kokanee.runs import (
     Progress,
     Run,
     check_adapted,
+    check_apart,
     check_exact,
     check_files,
     check_server,
@@ -101,6 +102,7 @@ def opened(recipe: MrdpoRecipe, folder: Path, report: Progress) -> Rounds:
     if not begun:
         check_files(recipe, sources[0], "train", clips)
         check_files(recipe, sources[1], "validation", validation)
+        check_apart(clips, validation)
     check_exact(recipe, (clips, validation))
     check_adapted(recipe, model)
     start = start_of(model, processor, {"train": clips, "validation": validation})

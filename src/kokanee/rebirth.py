@@ -43,6 +43,7 @@ from kokanee.runs import (
     Progress,
     Run,
     check_adapted,
+    check_apart,
     check_exact,
     check_files,
     check_server,
@@ -213,6 +214,8 @@ def opened(
     files = videos_of(recipe, train, checked) if isinstance(train, FileData) and by_files else []
     if clips is not None:
         check_clips(len(clips), recipe)
+        if checked is not None and not begun:
+            check_apart(clips, checked)
     seen = recipe.teacher is not None and not by_files
     teacher = model_of(recipe, str(recipe.teacher), (train,), device) if seen else None
     start = start_of(model, processor, {"train": clips, "validation": checked})

@@ -151,6 +151,17 @@ def check_files(recipe: Tuning, data: Source, part: Part, clips: Clips) -> None:
         )
 
 
+def check_apart(clips: Clips, validation: Clips) -> None:
+    """Raise `KokaneeError` where files that are learnt from are among those to be measured by."""
+    measured = {path.resolve() for path in validation.files()}
+    both = [path for path in clips.files() if path.resolve() in measured]
+    if both:
+        raise KokaneeError(
+            f"{len(both)} of {len(clips.files())} files of data.train are in data.validation too, such as {both[0]}: "
+            "the model would be measured by what it has learnt. Take their captions out of one of the two."
+        )
+
+
 def judge_of(recipe: Tuning, replies: Path) -> Judge:
     """The judge that the recipe names; its replies are kept in `replies`."""
     endpoint = endpoint_of(recipe)

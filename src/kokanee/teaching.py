@@ -79,9 +79,9 @@ def videos_in(folder: Path, without: Collection[Path]) -> list[Path]:
     """
     if not folder.is_dir():
         raise KokaneeError(f"{folder} is no folder here. Give one of videos (data.train.videos).")
-    apart = {file_key(path) for path in without}
+    apart = {path.resolve() for path in without}
     found = [hit.path for hit in find([str(folder)], recursive=True)[0]]
-    kept = [path for path in found if not is_image(path) and file_key(path) not in apart]
+    kept = [path for path in found if not is_image(path) and path.resolve() not in apart]
     if not kept:
         raise KokaneeError(f"{folder} holds no videos to learn from but those to measure by. Give a folder that does.")
     return kept
