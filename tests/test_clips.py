@@ -11,7 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from kokanee.clips import FileClips, FileData, WorldClips, WorldData, open_prompt, read_view, watch
+from kokanee.clips import FileClips, FileData, WorldClips, WorldData, keep_view, open_prompt, read_view, watch
 from kokanee.errors import KokaneeError
 from kokanee.formats import read_jsonl
 from kokanee.mrdpo_recipe import MrdpoRecipe
@@ -109,6 +109,26 @@ def test_a_file_that_was_mended_is_read(tiny, data, media, tmp_path):
     (tmp_path / "mended.mp4").write_bytes((media / "silent.mp4").read_bytes())
     clips.readable([0], nothing, (0, 1))
     assert not clips.failed() and clips.view(0).block.kind == "video"
+
+
+def test_a_file_that_was_replaced_is_encoded_again_and_one_that_is_gone_or_kept_without_a_version_is_not(
+    tiny, data, media, tmp_path, monkeypatch
+):
+    path, found = tmp_path / "clip.mp4", data("clip.mp4").model_copy(update={"videos": str(tmp_path)})
+    clips = FileClips(*tiny, found, tmp_path / "store", "What happens?")
+    shutil.copy(media / "first.mp4", path)
+    clips.readable([0], nothing, (0, 1))
+    first = clips.n_tokens(0)
+    shutil.copy(media / "silent.mp4", path)
+    clips.readable([0], nothing, (0, 1))
+    assert clips.n_tokens(0) < first and clips.view(0).block.kind == "video"
+    monkeypatch.setattr(clips, "watched", lambda number: pytest.fail("encoded twice"))
+    path.rename(tmp_path / "away.mp4")
+    clips.readable([0], nothing, (0, 1))
+    keep_view(clips.place(0), clips.view(0), None)
+    shutil.copy(media / "second.mp4", path)
+    clips.readable([0], nothing, (0, 1))
+    assert not clips.failed()
 
 
 def test_a_run_that_too_many_files_stopped_tries_them_again(tiny_checkpoint, data, tmp_path, monkeypatch):

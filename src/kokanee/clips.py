@@ -263,10 +263,11 @@ class FileClips:
     def readable(self, numbers: Sequence[int], report: Callable[[int, int], None], share: tuple[int, int]) -> None:
         failed = self.failed()
         mine = list(numbers)[share[0] :: share[1]]  # first: what others have written must not change whose turn it is
-        missing = [number for number in mine if number not in failed and not self.place(number).is_file()]
+        missing = [number for number in mine if number not in failed and not self.is_kept(number)]
         for done, number in enumerate(missing, 1):
             try:
-                keep_view(self.place(number), self.watched(number))
+                version = version_of(self.known[number].path)  # before: what comes while it is read is another one
+                keep_view(self.place(number), self.watched(number), version)
             except KokaneeError as error:
                 record = {"clip": number, "file": place(self.known[number].truth), "reason": str(error)}
                 record["version_of_file"] = version_of(self.known[number].path)
@@ -289,6 +290,11 @@ class FileClips:
     def forget(self, numbers: Sequence[int]) -> None:
         for number in numbers:
             self.place(number).unlink(missing_ok=True)
+
+    def is_kept(self, number: int) -> bool:
+        """Whether a clip is kept as its file is now, or was when it was last there."""
+        place, version = self.place(number), version_of(self.known[number].path)
+        return place.is_file() and (version is None or kept_version(place) in (version, None))
 
     def watched(self, number: int) -> View:
         one = self.known[number]
@@ -399,11 +405,18 @@ def version_of(path: Path) -> list[int] | None:
     return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
 
 
-def keep_view(path: Path, view: View) -> None:
-    """Write a view, whole or not at all."""
+def keep_view(path: Path, view: View, version: list[int] | None) -> None:
+    """Write a view, whole or not at all, with the `version_of` the file that it is of."""
     with replaced_file(path) as unfinished:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in view.media.items()}
-        save_file(tensors, unfinished, metadata={"block": json.dumps(asdict(view.block))})
+        notes = {"block": asdict(view.block), "version_of_file": version}
+        save_file(tensors, unfinished, metadata={name: json.dumps(note) for name, note in notes.items()})
+
+
+def kept_version(path: Path) -> list[int] | None:
+    """The version of the file that a kept view is of; None where it is not known."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata().get("version_of_file", "null"))
 
 
 def read_view(path: Path) -> View:
