@@ -254,7 +254,8 @@ class FileClips:
         return len(self.known)
 
     def identity(self) -> str:
-        known = [(one.path.as_posix(), one.caption, one.truth) for one in self.known]
+        folder = Path(self.data.videos)  # by names: where a name is found changes when its file goes
+        known = [((folder / one.file).as_posix(), one.caption, one.truth) for one in self.known]
         return digest([*known, sorted(self.asked.items())])
 
     def files(self) -> list[Path]:
@@ -293,8 +294,8 @@ class FileClips:
 
     def is_kept(self, number: int) -> bool:
         """Whether a clip is kept as its file is now, or was when it was last there."""
-        place, version = self.place(number), version_of(self.known[number].path)
-        return place.is_file() and (version is None or kept_version(place) in (version, None))
+        kept, version = self.place(number), version_of(self.known[number].path)
+        return kept.is_file() and (version is None or kept_version(kept) in (version, None))
 
     def watched(self, number: int) -> View:
         one = self.known[number]
