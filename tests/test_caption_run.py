@@ -132,6 +132,19 @@ def test_other_settings_of_the_processor_are_refused_with_what_differs(captioner
         other.caption_files(files[:1], out)
 
 
+def test_two_runs_do_not_add_to_one_file_at_once(captioner, files, tmp_path, monkeypatch):
+    monkeypatch.setattr("kokanee.formats.LOCK_WAIT_S", 0.1)
+    refused = []
+
+    def again(_):
+        with pytest.raises(KokaneeError, match=r"Another process works in .*out\.jsonl"):
+            captioner.caption_files(files[:2], tmp_path / "out.jsonl")
+        refused.append(len(read_jsonl(tmp_path / "out.jsonl")))
+
+    captioner.caption_files(files[:2], tmp_path / "out.jsonl", on_record=again)
+    assert refused == [1, 2] and [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
 def test_a_file_that_has_changed_is_captioned_again(captioner, media, tmp_path):
     clip, out = tmp_path / "clip.mp4", tmp_path / "out.jsonl"
     shutil.copy(media / "first.mp4", clip)

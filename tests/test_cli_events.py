@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kokanee.cli import app
-from kokanee.formats import append_jsonl, read_jsonl, write_json
+from kokanee.formats import alone_at, append_jsonl, read_jsonl, write_json
 from model_server import garbage, half, serving, status
 
 EVENTS = [{"text": "A dog runs", "kind": "seen"}, {"text": "It barks twice", "kind": "heard"}]
@@ -131,6 +131,13 @@ def test_a_run_that_was_killed_goes_on_and_asks_nothing_twice_that_was_answered(
         kk(*words_of(folder, url))
     assert 2 <= n_answered < 6 and len(server.requests) - before == 6 - n_answered
     assert (folder / "events.jsonl").read_bytes().startswith(done) and len(read_jsonl(folder / "events.jsonl")) == 6
+
+
+def test_two_runs_do_not_add_to_one_file_at_once(folder, monkeypatch):
+    monkeypatch.setattr("kokanee.formats.LOCK_WAIT_S", 0.1)
+    with serving(lambda request: GOOD) as (server, url), alone_at(folder / "events.jsonl"):
+        assert "Another process works in" in kk(*words_of(folder, url), code=1).stderr
+    assert not server.requests and [path.name for path in folder.iterdir()] == ["captions.jsonl"]
 
 
 def test_half_a_line_is_moved_aside_not_thrown_away(folder):

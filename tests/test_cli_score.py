@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kokanee.cli import app
-from kokanee.formats import append_jsonl, write_json
+from kokanee.formats import alone_in, append_jsonl, write_json
 from kokanee.world.make import MakeSettings, record
 from kokanee.world.scene import sample_scene
 from model_server import serving
@@ -95,6 +95,15 @@ def test_agreement_of_a_model_with_the_exact_judge(world):
     with serving(lambda request: "I cannot") as (_, url):
         found = kk(*words[:5], world / "none", "-j", "openai:m", "--base-url", url, code=1)
     assert "None of 6 captions could be judged by openai:m" in found.stderr
+
+
+@pytest.mark.parametrize("command", [["score"], ["agree", "-j", "openai:m", "--base-url", "http://localhost:9/v1"]])
+def test_two_runs_do_not_write_to_one_folder_at_once(world, monkeypatch, command):
+    monkeypatch.setattr("kokanee.formats.LOCK_WAIT_S", 0.1)
+    words = (*command, world / "right.json", "-e", world / "samples.jsonl", "-o", world / "s")
+    with alone_in(world / "s"):
+        assert "Another process works in" in kk(*words, code=1).stderr
+        assert [path.name for path in (world / "s").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from kokanee import formats
 from kokanee.errors import KokaneeError
 from kokanee.formats import (
+    alone_at,
+    alone_in,
     append_jsonl,
     check_writable,
     differences,
@@ -163,6 +167,54 @@ def test_a_broken_line_is_named(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(KokaneeError, match=r"none.jsonl is not there"):
         read_jsonl(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("alone", [alone_in, alone_at])
+def test_one_at_a_time_works_in_a_place_and_no_lock_is_left(tmp_path, monkeypatch, alone):
+    monkeypatch.setattr(formats, "LOCK_WAIT_S", 0.1)
+    place, again = tmp_path / "place", pytest.raises(KokaneeError, match=r"Another process works in .*place\. Wait")
+    with alone(place), again, alone(place):
+        pass
+    with alone(place):
+        assert len(list(tmp_path.iterdir())) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_locked_under_all_its_names_and_a_pipe_under_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "LOCK_WAIT_S", 0.1)
+    (tmp_path / "link").symlink_to("file")
+    with alone_at(tmp_path / "file"), pytest.raises(KokaneeError, match="Another process"), alone_at(tmp_path / "link"):
+        pass
+    os.mkfifo(tmp_path / "pipe")
+    with alone_at(tmp_path / "pipe"), alone_at(tmp_path / "pipe"):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
+
+
+def test_a_folder_is_removed_where_it_was_made_for_nothing(tmp_path):
+    (tmp_path / "before").mkdir()
+    for name in ("before", "new", "used"):
+        with pytest.raises(RuntimeError), alone_in(tmp_path / name):
+            if name == "used":
+                write_text(tmp_path / name / "a.txt", "made")
+            raise RuntimeError
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["before", "used"]
+    assert [path.name for path in tmp_path.glob("*/*")] == ["a.txt"]
+
+
+def test_locks_that_are_removed_still_let_one_in_at_a_time(tmp_path):
+    """Folder and lock go and come again each time, while others wait for them."""
+    inside, most = [0], []
+
+    def work(_: int) -> None:
+        with alone_in(tmp_path / "folder"):
+            inside[0] += 1
+            most.append(inside[0])
+            os.stat(tmp_path)  # others may run now
+            inside[0] -= 1
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(60)))
+    assert most == [1] * 60 and list(tmp_path.iterdir()) == []
 
 
 def test_differences_name_both_sides():

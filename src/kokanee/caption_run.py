@@ -7,6 +7,7 @@ weights is refused.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ import kokanee
 from kokanee.captions import BOTH, Caption, Decoding, FileCaptioner, Request, check_samples
 from kokanee.errors import KokaneeError
 from kokanee.files import file_key
-from kokanee.formats import append_jsonl, differences
+from kokanee.formats import alone_at, append_jsonl, differences
 from kokanee.outputs import Record, caption_record, error_record, key_of, read_records
 
 KEPT_EVERY_S = 60.0
@@ -110,45 +111,46 @@ def run(
     `on_record` is told each record, also those of earlier runs, `on_caption` each caption of an interval at once.
     `batch_size` files are captioned together, or with `every_s` as many intervals of a file, whose captions are kept
     once a minute. A file that cannot be captioned gets an error record and does not stop the others. Raises
-    `KokaneeError` when `out` was made with other settings.
+    `KokaneeError` when `out` was made with other settings, and when another process adds to it.
     """
     check_samples(task.n_samples, task.decoding.temperature)
-    known = read_records(out) if out is not None and out.is_file() else {}
-    check_same(out, known, task.record(captioner, Path(), ()))
-    summary, waiting = Summary(), []
-    for key, path in {file_key(path): path for path in files}.items():
-        before = known.get(key)
-        if before is None or "error" in before or before != before | version_of(path):
-            waiting.append(path)
-        else:
-            summary.skipped += 1
-            summary.captioned += 1
-            tell(on_record, before)
-
-    waiting.sort(key=lambda path: file_key(path) in known)  # what was never tried does not wait for what failed
-
-    def keep(record: Record) -> None:
-        if out is not None and record != known.get(key_of(record)):
-            append_jsonl(out, [record])
-
-    def by_intervals() -> Iterator[Record]:
-        for path in waiting:
-            heard = partial(on_caption, path) if on_caption else None
-            yield caption_one(captioner, path, task, batch_size, known.get(file_key(path)), heard, keep)
-
-    records = by_intervals() if task.every_s else whole_records(captioner, waiting, task, batch_size)
-    try:
-        for record in records:
-            keep(record)
-            if "error" in record:
-                summary.failed[record["file"]] = record["error"]
+    with contextlib.nullcontext() if out is None else alone_at(out):
+        known = read_records(out) if out is not None and out.is_file() else {}
+        check_same(out, known, task.record(captioner, Path(), ()))
+        summary, waiting = Summary(), []
+        for key, path in {file_key(path): path for path in files}.items():
+            before = known.get(key)
+            if before is None or "error" in before or before != before | version_of(path):
+                waiting.append(path)
             else:
+                summary.skipped += 1
                 summary.captioned += 1
-            tell(on_record, record)
-    except Stopped as stopped:
-        keep(stopped.record)
-        raise
-    return summary
+                tell(on_record, before)
+
+        waiting.sort(key=lambda path: file_key(path) in known)  # what was never tried does not wait for what failed
+
+        def keep(record: Record) -> None:
+            if out is not None and record != known.get(key_of(record)):
+                append_jsonl(out, [record])
+
+        def by_intervals() -> Iterator[Record]:
+            for path in waiting:
+                heard = partial(on_caption, path) if on_caption else None
+                yield caption_one(captioner, path, task, batch_size, known.get(file_key(path)), heard, keep)
+
+        records = by_intervals() if task.every_s else whole_records(captioner, waiting, task, batch_size)
+        try:
+            for record in records:
+                keep(record)
+                if "error" in record:
+                    summary.failed[record["file"]] = record["error"]
+                else:
+                    summary.captioned += 1
+                tell(on_record, record)
+        except Stopped as stopped:
+            keep(stopped.record)
+            raise
+        return summary
 
 
 def tell(on_record: Callable[[Record], None] | None, record: Record) -> None:

@@ -20,7 +20,7 @@ from kokanee.cli_score import (
 )
 from kokanee.console import bar, say
 from kokanee.errors import KokaneeError
-from kokanee.formats import check_writable
+from kokanee.formats import alone_at, check_writable
 
 
 def events(
@@ -54,23 +54,24 @@ def events(
     from kokanee.predictions import read_predictions
 
     found, endpoint = read_predictions(captions), Endpoint(name, **asking)
-    todo = plan(found, out)
-    if aside := set_half_aside(out):  # only now, as the plan refuses a file that holds something else
-        say(f"{out}: its last line was cut off, and stands in {aside} now")
-    if todo.empty:
-        count = f"{len(todo.empty)} of {len(found)} captions"
-        say(f"{captions}: {count} left out, as they are empty (such as {place(todo.empty[0])})")
-    if todo.changed:
-        names = ", ".join(map(place, todo.changed))
-        say(f"The captions of these have changed since, and their events are kept: {names}.")
-        say(f"To have them made again, delete their lines in {out}.")
-    asker = Asker(endpoint, out.with_suffix(".replies.jsonl"))
-    try:
-        with bar(hidden=not todo.missing) as progress:
-            task = progress.add_task(out.stem, total=len(todo.missing))
-            failed = extract(todo.missing, asker, out, lambda done: progress.update(task, completed=done))
-    finally:
-        say(told(out))
+    with alone_at(out):
+        todo = plan(found, out)
+        if aside := set_half_aside(out):  # only now, as the plan refuses a file that holds something else
+            say(f"{out}: its last line was cut off, and stands in {aside} now")
+        if todo.empty:
+            count = f"{len(todo.empty)} of {len(found)} captions"
+            say(f"{captions}: {count} left out, as they are empty (such as {place(todo.empty[0])})")
+        if todo.changed:
+            names = ", ".join(map(place, todo.changed))
+            say(f"The captions of these have changed since, and their events are kept: {names}.")
+            say(f"To have them made again, delete their lines in {out}.")
+        asker = Asker(endpoint, out.with_suffix(".replies.jsonl"))
+        try:
+            with bar(hidden=not todo.missing) as progress:
+                task = progress.add_task(out.stem, total=len(todo.missing))
+                failed = extract(todo.missing, asker, out, lambda done: progress.update(task, completed=done))
+        finally:
+            say(told(out))
     for caption, error in failed:
         say(f"{place(caption)}: {error}")
     if failed:

@@ -12,7 +12,7 @@ import typer
 
 from kokanee.console import bar, say
 from kokanee.errors import KokaneeError
-from kokanee.formats import check_writable, write_json, write_text
+from kokanee.formats import alone_in, check_writable, write_json, write_text
 
 if TYPE_CHECKING:
     from kokanee.predictions import Prediction
@@ -86,37 +86,38 @@ def score(
         except KokaneeError as error:
             raise KokaneeError(f"{path}: {error}") from error
     asking = asked_by(base_url, concurrency, max_tokens, requests_per_minute, budget_tokens, budget_money, prices)
-    by, runs = chosen(judge, asking, out / REPLIES, as_published, runs)
-    systems, lines, made = [], [HEAD, rule(HEAD)], {}
-    for name, (path, (whole, parts, unknown)) in zip(names_of(predictions), matching.items(), strict=True):
-        say_counted(path, [*whole, *parts], unknown, as_published)
-        made[name] = {
-            scope: scores(judged_items(items, by, runs, name), as_published)
-            for scope, items in (("global", whole), ("local", parts))
-            if items
-        }
-        found = {scope: result.as_dict() for scope, result in made[name].items()}
-        for scope, more in besides(made, name).items():
-            ends = {part: dict(zip(("more", "low", "high"), one, strict=True)) for part, one in more.items()}
-            found[scope]["beside"] = {"captioner": next(iter(made)), **ends}
-        unread = sum(result.n_unread for result in made[name].values()) if judge == "exact" else 0
-        if unread:
-            say(
-                f"{path}: {unread} captions have sentences that the exact judge cannot read, each counted as "
-                "hallucinated; of free wording --judge openai:MODEL is a fairer judge"
-            )
-        systems.append({"name": name, "file": path.as_posix(), **found})
-        lines += [row(name, scope, result) for scope, result in made[name].items()]
-    settings = {"judge": by.name, "as_published": as_published, "events": events.as_posix()}
-    write_json(out / SCORES, {"version": VERSION, **settings, "systems": systems})
-    unjudged = sum((result.unjudged for scopes in made.values() for result in scopes.values()), Counter[str]())
-    often = unjudged.most_common(1)[0][0] if unjudged else ""
-    counted = "are left out" if as_published else "count as all missed"
-    lost = (
-        f"{unjudged.total()} judgements failed and {counted}. Most often: {often} Where the server gave no reply, the "
-        "same command asks again; replies that cannot be read are kept."
-    )
-    write_text(out / REPORT, page(made, by.name, events.as_posix(), as_published, lost if unjudged else ""))
+    with alone_in(out):
+        by, runs = chosen(judge, asking, out / REPLIES, as_published, runs)
+        systems, lines, made = [], [HEAD, rule(HEAD)], {}
+        for name, (path, (whole, parts, unknown)) in zip(names_of(predictions), matching.items(), strict=True):
+            say_counted(path, [*whole, *parts], unknown, as_published)
+            made[name] = {
+                scope: scores(judged_items(items, by, runs, name), as_published)
+                for scope, items in (("global", whole), ("local", parts))
+                if items
+            }
+            found = {scope: result.as_dict() for scope, result in made[name].items()}
+            for scope, more in besides(made, name).items():
+                ends = {part: dict(zip(("more", "low", "high"), one, strict=True)) for part, one in more.items()}
+                found[scope]["beside"] = {"captioner": next(iter(made)), **ends}
+            unread = sum(result.n_unread for result in made[name].values()) if judge == "exact" else 0
+            if unread:
+                say(
+                    f"{path}: {unread} captions have sentences that the exact judge cannot read, each counted as "
+                    "hallucinated; of free wording --judge openai:MODEL is a fairer judge"
+                )
+            systems.append({"name": name, "file": path.as_posix(), **found})
+            lines += [row(name, scope, result) for scope, result in made[name].items()]
+        settings = {"judge": by.name, "as_published": as_published, "events": events.as_posix()}
+        write_json(out / SCORES, {"version": VERSION, **settings, "systems": systems})
+        unjudged = sum((result.unjudged for scopes in made.values() for result in scopes.values()), Counter[str]())
+        often = unjudged.most_common(1)[0][0] if unjudged else ""
+        counted = "are left out" if as_published else "count as all missed"
+        lost = (
+            f"{unjudged.total()} judgements failed and {counted}. Most often: {often} Where the server gave no reply, "
+            "the same command asks again; replies that cannot be read are kept."
+        )
+        write_text(out / REPORT, page(made, by.name, events.as_posix(), as_published, lost if unjudged else ""))
     typer.echo("\n".join([*lines, *by_difference(made), *by_kind(made)]))
     say(f"captions with what is wrong in them: {out / REPORT}")
     if unjudged:
@@ -168,12 +169,13 @@ def agree(
     whole, parts, _ = matched(read_predictions(predictions), read_ground_truth(events))
     items = [item for item in (*whole, *parts) if item.prediction.text][:captions]
     asking = asked_by(base_url, concurrency, max_tokens, requests_per_minute, budget_tokens, budget_money, prices)
-    by, _ = chosen(judge, asking, out / REPLIES, as_published, 1)
-    exact = judged_items(items, ExactJudge(), 1, "exact")
-    other = judged_items(items, by, 1, by.name)
-    found = agreement(exact, other)
-    settings = {"judge": by.name, "as_published": as_published, "captions": predictions.as_posix()}
-    write_json(out / AGREEMENT, {"version": VERSION, **settings, **asdict(found)})
+    with alone_in(out):
+        by, _ = chosen(judge, asking, out / REPLIES, as_published, 1)
+        exact = judged_items(items, ExactJudge(), 1, "exact")
+        other = judged_items(items, by, 1, by.name)
+        found = agreement(exact, other)
+        settings = {"judge": by.name, "as_published": as_published, "captions": predictions.as_posix()}
+        write_json(out / AGREEMENT, {"version": VERSION, **settings, **asdict(found)})
     failures = Counter(failure for item in other for failure in item.failures if failure)
     often = f" Most often: {failures.most_common(1)[0][0]}" if failures else ""
     if not found.n_captions:

@@ -173,18 +173,50 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Nobody else works in the folder meanwhile. Raises `KokaneeError` where somebody does."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Nobody else works in the folder meanwhile; one that is made for this and stays empty is removed again.
+
+    Raises `KokaneeError` where somebody does.
+    """
+    with holding(folder / LOCK, folder):
+        yield
+
+
+@contextlib.contextmanager
+def alone_at(path: Path) -> Iterator[None]:
+    """Nobody else adds to the file meanwhile, or to what it links to. What is there and is no file, such as a pipe,
+    anybody may write to. Raises `KokaneeError` where somebody does."""
+    if path.exists() and not path.is_file():
+        yield
+        return
+    path = path.resolve()
+    with holding(path.with_name(f".{path.name}{LOCK}"), path):
+        yield
+
+
+@contextlib.contextmanager
+def holding(lock: Path, what: Path) -> Iterator[None]:
+    """Hold a lock on `what`, and leave nothing of it behind. Raises `KokaneeError` where another process holds it."""
+    made = not lock.parent.exists()
     # The system lets go of the lock when the process ends, however it ends, and those that it had forked.
-    lock = FileLock(folder / LOCK)
+    held = FileLock(lock)
     try:
-        lock.acquire(timeout=LOCK_WAIT_S)
+        while not held.is_locked:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # whoever had made the folder has just removed it
+                held.acquire(timeout=LOCK_WAIT_S)
     except Timeout:
-        raise KokaneeError(f"Another process works in {folder}. Wait for it, or end it.") from None
+        raise KokaneeError(f"Another process works in {what}. Wait for it, or end it.") from None
     try:
         yield
     finally:
-        lock.release()
+        # While it is held, as whoever gets hold of a lock without a name takes a new one; on Windows, where this cannot
+        # be, the release removes it.
+        with contextlib.suppress(OSError):
+            lock.unlink()
+        held.release()
+        if made:
+            with contextlib.suppress(OSError):  # it is not empty
+                lock.parent.rmdir()
 
 
 def remove_unfinished(folder: Path) -> None:
