@@ -15,11 +15,13 @@ from pydantic import ValidationError
 from kokanee.adapters import load_adapter, merge
 from kokanee.captioner import Captioner
 from kokanee.checkpoints import load
+from kokanee.defaults import Defaults
 from kokanee.errors import KokaneeError
 from kokanee.events import Counts
 from kokanee.formats import read_json, read_jsonl
 from kokanee.protocol import LISTS
 from kokanee.rebirth import Keep, RebirthRecipe, kept_line, run_rebirth, table
+from kokanee.runs import defaults_of
 from model_server import serving
 from mrdpo_runs import quiet
 from together import run_together
@@ -220,13 +222,18 @@ def lines(path: Path, *records: dict[str, Any]) -> str:
 def test_videos_are_captioned_by_the_teacher_and_learnt_by_a_student_that_sees_otherwise(
     recipe, tiny_checkpoint, videos, tmp_path
 ):
-    """Files instead of features; the student looks at fewer frames. What cannot be read is left out and told."""
+    """Files instead of features; the student looks at fewer frames. What cannot be read is left out and told, and what
+    was noted of the student before is not said of what came of it."""
     asked = lines(tmp_path / "q.jsonl", {"file": "inside/b.mp4", "question": "What moves?", "answer": "dots"})
     student = tmp_path / "student"
     Captioner.from_pretrained(tiny_checkpoint, max_frames=8).save_pretrained(student)
+    Defaults("What?", 8, "knows nothing").save(student)
     data = {"train": {"videos": str(videos), "questions": asked, "unreadable": 0.25}}
     made = run_rebirth(recipe(model=str(student), data=data), tmp_path / "run", quiet)
     assert (made["captions"]["captions"], made["captions"]["questions"]) == (3, 1) and "before" not in made
+    assert {Defaults.of(tmp_path / "run" / name) for name in ("model", "adapter")} == {Defaults("What?", 8)}
+    of_world = recipe(model=str(student))
+    assert defaults_of(of_world, of_world.data.train) == Defaults.of(student)
     said = {record["file"]: record["caption"] for record in read_jsonl(tmp_path / "run" / "captions.jsonl")}
     teacher = Captioner.from_pretrained(tiny_checkpoint)
     assert said == {

@@ -19,7 +19,7 @@ from kokanee.formats import UNFINISHED, write_text
 from kokanee.model import Kokanee
 from kokanee.preferences import Lesson, Preferences, Weights
 from kokanee.prefix import branch_attention_in
-from kokanee.runs import Run, tasks_for, told
+from kokanee.runs import Run, defaults_of, tasks_for, told
 from kokanee.train import train
 from kokanee.tuning import Lora, Source, Tuning
 
@@ -82,6 +82,7 @@ def keep_adapter(run: Run[Any], folder: Path, base: str, made_by: str) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     run.adapted.peft_config["default"].base_model_name_or_path = base
     run.adapted.save_pretrained(str(unfinished), save_embedding_layers=False)  # "auto" would ask the hub for the base
+    defaults_of(run.recipe, run.recipe.data.train).save(unfinished)
     write_text(unfinished / "README.md", f"Adapter of {made_by} (Kokanee). Its base is {base}.\n")
     unfinished.rename(folder)
 

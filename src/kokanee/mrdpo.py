@@ -26,7 +26,6 @@ from kokanee.adapters import load_adapter, merge
 from kokanee.adapting import adapted, evaluated, fit, keep_adapter
 from kokanee.checkpoints import load, save
 from kokanee.clips import Task
-from kokanee.defaults import Defaults, origin
 from kokanee.drafts import candidates, device_of, figures, verdicts
 from kokanee.errors import KokaneeError, memory_said
 from kokanee.formats import alone_in, read_json, remove_unfinished, write_json, write_jsonl, write_text
@@ -47,6 +46,7 @@ from kokanee.runs import (
     check_files,
     check_server,
     clips_of,
+    defaults_of,
     model_of,
     start_of,
     tasks_for,
@@ -145,7 +145,7 @@ def rounds(run: Rounds) -> list[dict[str, Any]]:
     if kept < len(found) - 1:
         model = remade(run, kept)
     if run.team.is_main:
-        Defaults.of(origin(recipe.model)).save(save(model.eval(), run.processor, folder / MODEL))
+        defaults_of(recipe, recipe.data.train).save(save(model.eval(), run.processor, folder / MODEL))
         write_json(folder / FIGURES, made)
         write_text(folder / REPORT, run_page(folder))
     run.team.wait()

@@ -28,7 +28,6 @@ from kokanee.captions import Decoding, FileCaptioner
 from kokanee.checkpoints import save
 from kokanee.clips import Clips, FileData, Task, WorldClips, questions_of
 from kokanee.conversations import digest
-from kokanee.defaults import Defaults, origin
 from kokanee.drafts import Team, Writer, candidates, device_of, figures, verdicts
 from kokanee.errors import KokaneeError, memory_said
 from kokanee.events import Counts, repetition_rate
@@ -48,6 +47,7 @@ from kokanee.runs import (
     check_files,
     check_server,
     clips_of,
+    defaults_of,
     model_of,
     start_of,
     tasks_for,
@@ -184,7 +184,7 @@ def run_rebirth(recipe: RebirthRecipe, folder: Path, report: Progress) -> dict[s
         if run.team.is_main and not there:
             assert run.adapted is not None
             model = merge(run.adapted)
-            Defaults.of(origin(recipe.model)).save(save(model.eval(), run.processor, folder / MODEL))
+            defaults_of(recipe, recipe.data.train).save(save(model.eval(), run.processor, folder / MODEL))
             write_json(folder / FIGURES, made)
         run.team.wait()
         return made

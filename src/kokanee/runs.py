@@ -7,7 +7,7 @@ import datetime
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -16,7 +16,7 @@ from accelerate import PartialState
 from peft import PeftModel
 
 from kokanee.checkpoints import load
-from kokanee.clips import Clips, FileClips, Task, WorldClips, WorldData
+from kokanee.clips import Clips, FileClips, FileData, Task, WorldClips, WorldData
 from kokanee.defaults import Defaults, origin
 from kokanee.drafts import Team, Writer
 from kokanee.endpoint import Asker, Endpoint
@@ -84,6 +84,13 @@ def model_of(
     # Features of the world are known by the weights that made them, which are those in float32.
     precise = any(isinstance(data, WorldData) for data in sources)
     return load(name, dtype="float32" if precise else recipe.dtype, device=device)
+
+
+def defaults_of(recipe: Tuning, train: Source) -> Defaults:
+    """The defaults of the trained model: those it began with, but for a note, which says nothing of whoever has learnt
+    from files."""
+    found = Defaults.of(origin(recipe.model))
+    return replace(found, note="") if isinstance(train, FileData) else found
 
 
 def clips_of(
