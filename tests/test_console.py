@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kokanee import console
-from kokanee.console import bar
+from kokanee.console import bar, counted
 
 
 def test_without_a_terminal_the_end_of_each_piece_of_work_is_a_line(capsys):
@@ -25,3 +25,7 @@ def test_long_work_is_told_of_meanwhile_and_hidden_work_never(capsys, monkeypatc
         with bar(hidden=hidden) as progress:
             progress.update(progress.add_task("clips"), completed=5)
     assert capsys.readouterr().err == "clips: 5\n"
+
+
+def test_one_is_no_plural():
+    assert [counted(number, "video") for number in (0, 1, 2)] == ["0 videos", "1 video", "2 videos"]

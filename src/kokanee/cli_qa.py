@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,7 +21,7 @@ from kokanee.cli_caption import (
     local_captioner,
     remote_captioner,
 )
-from kokanee.console import bar, key_value, say
+from kokanee.console import bar, counted, key_value, say
 from kokanee.errors import KokaneeError
 from kokanee.formats import check_writable
 
@@ -97,7 +98,8 @@ def qa(
 
     asked = read_questions(questions)
     if letters := sum(not question.options and question.answer in set(LETTERS) for question in asked):
-        say(f'{letters} open questions have a single letter for an answer. If they have options, call them "options".')
+        have = "open question has" if letters == 1 else "open questions have"
+        say(f'{letters} {have} a single letter for an answer. If there are options, call them "options".')
     folder = videos or (questions if questions.is_dir() else questions.parent)
     chosen = by_video(asked, folder)[:limit]
     from kokanee.qa import askable, default_way
@@ -113,8 +115,16 @@ def qa(
     if captioner.defaults.note and not of_world(questions):
         say(f"{model}: {captioner.defaults.note}")
     examinee = examinee_of(captioner, way, batch_size, asked)
-    say(f"{model}: {number_of(kept)} questions about {len(kept)} videos, by {way}")
+    say(f"{model}: {counted(number_of(kept), 'question')} about {counted(len(kept), 'video')}, by {way}")
+    if again := asked_again(kept):
+        say(f"{counted(again, 'question')} asked more than once about the same video; each counts as often")
     tell(marked(examinee, kept, asked, folder, out, others), number_of(chosen) - number_of(kept), others)
+
+
+def asked_again(videos: Sequence[Video]) -> int:
+    """How many questions, with their options, are there more than once about a video."""
+    times = [Counter((one.question, one.options) for one in video.questions) for video in videos]
+    return sum(number > 1 for asked in times for number in asked.values())
 
 
 def examinee_of(captioner: FileCaptioner, way: Way, batch_size: int, asked: Sequence[Question]) -> Examinee:
@@ -169,8 +179,8 @@ def tell(answered: Sequence[Answered], without_options: int, others: Mapping[str
     if found.unread:
         reasons = list(found.unread.values())
         more = [f"and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else []
-        lost = f"their {found.lost} questions are left out"
-        head = f"{len(reasons)} of {len(answered)} videos have no answers, and {lost}:"
+        lost = f"{counted(found.lost, 'question')} left out"
+        head = f"{len(reasons)} of {counted(len(answered), 'video')} without answers, and {lost}:"
         raise KokaneeError("\n  ".join([head, *reasons[:NAMED], *more]))
 
 

@@ -19,6 +19,11 @@ def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
+def counted(number: int, what: str) -> str:
+    """So many of something, such as "1 video" or "2 videos"."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
 def key_value(item: str) -> tuple[str, Any]:
     """KEY=VALUE of an option --set; the value is YAML."""
     import yaml
