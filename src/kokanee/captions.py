@@ -230,7 +230,10 @@ class FileCaptioner(ABC):
     def batch(
         self, requests: Iterable[Request | Source], question: str | None = None, **how: Unpack[How]
     ) -> list[Caption]:
-        """One caption for each file or `Request`, all computed together; `question` is for requests without one."""
+        """One caption for each file or `Request`, all computed together; `question` is for requests without one.
+
+        The first file that cannot be read ends it without any caption: `each` gives errors in the captions' place.
+        """
         decoding = self.decoding(how)
         asked = [request if isinstance(request, Request) else Request(request) for request in requests]
         prepared = [self.prepare(request, question) for request in asked]
