@@ -18,7 +18,7 @@ from kokanee.cli_train import read_settings
 from kokanee.defaults import Defaults
 from kokanee.errors import KokaneeError
 from kokanee.features import SHARD, read_store
-from kokanee.formats import read_jsonl
+from kokanee.formats import append_jsonl, read_jsonl
 from mrdpo_runs import SMALL
 from test_cli import kk
 
@@ -163,3 +163,27 @@ def test_rebirth_is_a_stage_that_tells_what_it_kept_and_how_the_student_is_now(t
     assert "(keep.max_words: None before, 1 now)" in again.stderr
     rounds = kk("train", path, "--out", tmp_path / "run", "--rounds", "2", code=2)
     assert "only mrdpo has rounds" in rounds.stderr
+
+
+def test_sft_is_rebirth_without_a_teacher(recipe, tiny_checkpoint, media, tmp_path):
+    names = ("first.mp4", "second.mp4", "silent.mp4")
+    said = [{"file": name, "caption": f"Something moves in {name}."} for name in names]
+    append_jsonl(tmp_path / "captions.jsonl", said)
+    small = {name: value for name, value in SMALL.items() if name in ("lora", "workers", "device")}
+    settings = {"stage": "rebirth", "steps": 1, "batch_size": 1, "evaluate_batches": 1, "learning_rate": 0.01}
+    data = {"train": {"videos": str(media), "captions": str(tmp_path / "captions.jsonl")}}
+    path = tmp_path / "sft.yaml"
+    path.write_text(yaml.safe_dump({**small, **settings, "model": str(tiny_checkpoint), "data": data}))
+    assert "3 of 3 captions kept" in kk("train", "sft", path, "--out", tmp_path / "run").stderr
+    learnt = [record["caption"] for record in read_jsonl(tmp_path / "run" / "kept.jsonl")]
+    assert sorted(learnt) == sorted(record["caption"] for record in said)
+    again = (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns
+    kk("train", "rebirth", path, "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns == again
+    for words, reason in (
+        (("sft", path, "--set", "teacher=nano"), "sft learns those of the data"),
+        (("sft", recipe), "is a recipe of the stage 'sound encoder'"),
+        (("sft",), "which recipe of the stage 'sft'"),
+    ):
+        assert reason in kk("train", *words, "--out", tmp_path / "other", code=2).stderr
+    assert not (tmp_path / "other").exists()

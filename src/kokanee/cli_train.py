@@ -20,6 +20,7 @@ world = typer.Typer(help="The synthetic audio-visual world.", no_args_is_help=Tr
 SHOWN = 3
 EXAM_EVERY_S = 4.0
 MRDPO, REBIRTH = "mrdpo", "rebirth"
+SFT = "sft"  # what rebirth is without a teacher
 FIGURES = ("loss", "margin", "accuracy")
 Out = Annotated[Path, typer.Option(help="Folder of the run; a stopped run goes on there.")]
 
@@ -33,7 +34,7 @@ class Split(StrEnum):
 def train(
     recipe: Annotated[
         list[Path],
-        typer.Argument(help="YAML file of a stage, as under recipes/; before it may stand its stage's name."),
+        typer.Argument(help="YAML file of a stage, as under recipes/; before it may stand its stage's name, or sft."),
     ],
     out: Out,
     rounds: Annotated[int | None, typer.Option(min=1, help="mrdpo: rounds, 6 in the paper.")] = None,
@@ -45,13 +46,24 @@ def train(
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting, such as steps=100 or data.exact=0.5."),
     ] = None,
 ) -> None:
-    """Train one stage of a recipe, such as `kokanee train mrdpo recipe.yaml`; the model is left in OUT/model."""
+    """Train one stage of a recipe, such as `kokanee train mrdpo recipe.yaml`; the model is left in OUT/model.
+
+    `sft`, supervised fine-tuning on captions that are there, is the stage rebirth without a teacher.
+    """
     path, sets = recipe[-1], list(set_ or [])
-    if str(path) in (MRDPO, REBIRTH) and not path.exists():
+    if str(path) in (MRDPO, REBIRTH, SFT) and not path.exists():
         raise typer.BadParameter(f"which recipe of the stage {str(path)!r}?", param_hint="[STAGE] RECIPE")
     settings = read_settings(path, sets)
     stage = stage_of(settings, path)
-    if len(recipe) > 2 or (len(recipe) == 2 and str(recipe[0]) != stage):
+    named = [str(word) for word in recipe[:-1]]
+    if named == [SFT] and stage == REBIRTH:
+        if settings.get("teacher") is not None:
+            raise typer.BadParameter(
+                f"{path} has a teacher, whose captions {REBIRTH} learns; {SFT} learns those of the data. "
+                f"Add --set teacher=null, or call it {REBIRTH}",
+                param_hint="[STAGE] RECIPE",
+            )
+    elif named not in ([], [stage]):
         raise typer.BadParameter(f"{path} is a recipe of the stage {stage!r}", param_hint="[STAGE] RECIPE")
     for name, value in (("rounds", rounds), ("steps", steps_per_round)):
         if value is not None and stage != MRDPO:
