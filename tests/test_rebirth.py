@@ -305,7 +305,7 @@ def test_a_server_can_be_the_teacher(recipe, videos, tmp_path, monkeypatch):
     assert said == {"There are 2 frames and 0 sounds."}
     with pytest.raises(KokaneeError, match="cannot be reached"):
         run_rebirth(recipe(**how), tmp_path / "away", quiet)
-    assert not (tmp_path / "away" / "state.json").exists()
+    assert not (tmp_path / "away").exists()
 
 
 def test_captions_are_judged_where_events_are_known_and_dropped_by_what_is_wrong(recipe, videos, tmp_path):
