@@ -321,6 +321,13 @@ def test_an_adapter_names_what_it_is_on(whole, tiny_checkpoint):
         base_of(second)
 
 
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_model_that_is_to_be_shared_out_is_refused(recipe, tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(KokaneeError, match=r"not the model\. Start it without FSDP and DeepSpeed"):
+        run_mrdpo(recipe(), tmp_path, lambda *_: None)
+
+
 def test_a_start_without_any_verdict_is_no_error_of_0(recipe, tmp_path, monkeypatch):
     def none(path, judge, tasks, drafts, *_):
         return [{"counts": [None], "repetition": [0.0]} for _ in drafts]

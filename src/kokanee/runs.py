@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ from kokanee.weights import fingerprint
 
 logger = logging.getLogger("kokanee")
 REPLIES, MEDIA = "replies.jsonl", "media"
+SHARED_OUT = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 Progress = Callable[[str, int, int, dict[str, float]], None]
 Part = Literal["train", "validation"]
 Settings = TypeVar("Settings", bound=Tuning)
@@ -67,7 +69,13 @@ class Run(Generic[Settings]):
 
 
 def team_of(recipe: Tuning) -> Team:
-    """The processes of a run. Raises `KokaneeError` where they are more or fewer than the recipe says."""
+    """The processes of a run, each of which holds the whole model.
+
+    Raises `KokaneeError` where they are more or fewer than the recipe says, and where accelerate is to share the model
+    out.
+    """
+    if any(os.environ.get(name) == "true" for name in SHARED_OUT):
+        raise KokaneeError("Training shares clips among processes, not the model. Start it without FSDP and DeepSpeed.")
     state = PartialState(cpu=recipe.device == "cpu", timeout=datetime.timedelta(days=7))
     if state.num_processes != recipe.processes:
         raise KokaneeError(
