@@ -20,18 +20,12 @@ from kokanee.errors import KokaneeError
 from kokanee.formats import read_jsonl
 
 runner = CliRunner()
-
-
-@pytest.fixture(autouse=True)
-def wide(monkeypatch):
-    """Messages on one line, whatever the terminal."""
-    monkeypatch.setenv("COLUMNS", "1000")
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("TERM", "dumb")
+WIDE = {"COLUMNS": "1000", "NO_COLOR": "1", "TERM": "dumb"}
+"""Messages are on one line then, whatever the terminal, and however long the names of files."""
 
 
 def kk(*words: Any, code: int = 0) -> Any:
-    result = runner.invoke(app, [str(word) for word in words])
+    result = runner.invoke(app, [str(word) for word in words], env=WIDE)
     assert result.exit_code == code, result.output + repr(result.exception)
     assert code != 1 or result.stderr.count("Error:") == 1
     return result

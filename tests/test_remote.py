@@ -53,7 +53,7 @@ def content(server) -> list[dict]:
 
 
 def kk(*words, code: int = 0):
-    found = CliRunner().invoke(app, [str(word) for word in words])
+    found = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "1000", "NO_COLOR": "1"})
     assert found.exit_code == code, found.output
     return found
 
