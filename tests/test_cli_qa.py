@@ -35,7 +35,7 @@ def kk(*words, code=0):
 
 @pytest.fixture
 def asked(media, tmp_path) -> Path:
-    """A folder with three videos, and questions about them: with options, and some open ones."""
+    """Three videos, and choices to make about them; mixed: one question is open, and a video has two names."""
     for name in ("first.mp4", "second.mp4", "silent.mp4"):
         shutil.copy(media / name, tmp_path / name)
     choices = [
@@ -47,7 +47,9 @@ def asked(media, tmp_path) -> Path:
         )
     ]
     write_json(tmp_path / "choices.json", choices)
-    write_json(tmp_path / "mixed.json", [*choices, {"file": "first.mp4", "question": "What?", "answer": "a dog"}])
+    renamed = {**choices[1], "video": "first.mp4"}
+    opened = {"file": "first.mp4", "question": "What?", "answer": "a dog"}
+    write_json(tmp_path / "mixed.json", [choices[0], renamed, *choices[2:], opened])
     return tmp_path
 
 

@@ -217,6 +217,12 @@ def test_locks_that_are_removed_still_let_one_in_at_a_time(tmp_path):
     assert most == [1] * 60 and list(tmp_path.glob("*/*")) == []
 
 
+def test_no_lock_waits_for_a_folder_where_there_is_a_file(tmp_path):
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(FileExistsError, match=r"a\.txt"), alone_in(tmp_path / "a.txt"):
+        pass
+
+
 def test_differences_name_both_sides():
     assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": None}) == ["b: 2 before, 3 now"]
 

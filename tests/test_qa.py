@@ -265,6 +265,14 @@ def test_a_lead_is_of_the_questions_that_both_answered():
     assert list(beside(ours[::-1], other).items()) == list(found.items()) and beside(ours, []) == {}
 
 
+def test_a_file_that_its_questions_call_by_two_names_is_one_file_of_a_lead():
+    ours, other = answered_by({"a": "XX", "b": "Xx"}), answered_by({"a": "xX", "b": "xX"})
+    some = ours[0].answers
+    second = replace(some[1], question=replace(some[1].question, file="a.mp4"))
+    renamed = [replace(ours[0], answers=(some[0], second)), ours[1]]
+    assert beside(renamed, other) == beside(ours, other) and beside(ours, other)["overall"].asked == 4
+
+
 def test_a_lead_is_known_better_than_either_share():
     """Of files that are hard for both: shares vary from file to file, the difference does not."""
     drawn = random.Random(0)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -201,9 +202,12 @@ def holding(lock: Path, what: Path) -> Iterator[None]:
     held = FileLock(lock)
     try:
         while not held.is_locked:
-            lock.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # whoever had made the folder has just removed it
-                held.acquire(timeout=LOCK_WAIT_S)
+                try:
+                    held.acquire(timeout=LOCK_WAIT_S)  # makes the folder
+                except FileExistsError as error:  # there was one and it is gone, or there is something else
+                    if not stat.S_ISDIR(os.lstat(error.filename).st_mode):
+                        raise
     except Timeout:
         raise KokaneeError(f"Another process works in {what}. Wait for it, or end it.") from None
     try:

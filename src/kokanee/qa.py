@@ -70,6 +70,10 @@ class Answered:
     answers: tuple[Marked, ...]
     error: str = ""
 
+    def by_one_name(self) -> list[Marked]:
+        """The answers, to questions that all call the file as the video does, whatever names they have for it."""
+        return [replace(one, question=replace(one.question, file=self.video.file)) for one in self.answers]
+
 
 @dataclass(frozen=True)
 class Share:
@@ -366,12 +370,12 @@ def accuracy(answered: Sequence[Answered]) -> Accuracy:
 def beside(ours: Sequence[Answered], others: Sequence[Answered]) -> dict[str, Lead]:
     """How far ours are ahead of others' answers, by kind of question and "overall", on the questions about the same
     files that both have answers to; nothing where there are none."""
-    right = {one.video.file: {answer.question: answer.right for answer in one.answers} for one in others}
+    right = {answer.question: answer.right for one in others for answer in one.by_one_name()}
     both = [
-        (answer, right[one.video.file][answer.question])
+        (answer, right[answer.question])
         for one in sorted(ours, key=lambda one: one.video.file)  # by name, as a bootstrap draws places
-        for answer in one.answers
-        if answer.question in right.get(one.video.file, {})
+        for answer in one.by_one_name()
+        if answer.question in right
     ]
     kinds = sorted({answer.question.kind for answer, _ in both})
     by_kind = {kind or OTHER: [pair for pair in both if pair[0].question.kind == kind] for kind in kinds}

@@ -7,7 +7,7 @@ video the last one counts) and, from when all is done, scores.json.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +90,12 @@ def answered_in(out: Path, videos: Sequence[Video]) -> list[Answered]:
     if not path.is_file():
         raise KokaneeError(f"{path} is not there. Give a folder that kokanee qa has written to with --out.")
     records = {record["file"]: record for record in read_jsonl(path)}
-    asked = {video.file: set(video.questions) for video in videos}
+    asked = {replace(question, file=video.file) for video in videos for question in video.questions}
     found = []
     for video in videos:
         entries = records.get(video.file, {}).get("answers", [])
         marked = [Marked(question_of(video.file, entry), entry["said"], entry["right"]) for entry in entries]
-        found.append(Answered(video, tuple(one for one in marked if one.question in asked[video.file])))
+        found.append(Answered(video, tuple(one for one in marked if one.question in asked)))
     if not any(one.answers for one in found):
         raise KokaneeError(f"{out} answers none of these questions. Give a run of the same file of questions.")
     return found
