@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -33,7 +34,7 @@ from kokanee.qa import (
     examined,
     groups,
 )
-from kokanee.questions import SENTENCE, Question, Video, by_video, lettered
+from kokanee.questions import SENTENCE, Question, Video, by_video, lettered, number_of
 from kokanee.remote import FrameSettings, RemoteCaptioner
 from model_server import serving, status
 
@@ -102,8 +103,26 @@ def test_the_letters_are_those_of_the_options_and_only_their_first_token_counts(
     question = asked()[0]
     assert lettered(question) == f"What barks?\nA. a dog\nB. a very large brown dog\nC. nobody\n{SENTENCE}"
     model, processor = tiny
-    sample = ModelExaminee(model, processor, "letter").packed(watch(model, processor, media / "first.mp4"), question)
+    view = watch(model, processor, media / "first.mp4")
+    ((_, sample),) = ModelExaminee(model, processor, "letter").packed([(view, question)])
     assert processor.tokenizer.decode(sample["labels"][sample["labels"] != IGNORED]) == "ABC"
+
+
+def test_a_video_is_computed_once_for_all_its_questions_where_that_is_less(tiny, media):
+    """Of five seconds it is, but not of a still image, which is shorter than what is asked about it."""
+    model, processor = tiny
+    view, examinee = watch(model, processor, media / "first.mp4"), ModelExaminee(model, processor, "text")
+    ((_, packed),) = examinee.packed([(view, question) for question in asked()[:2]])
+    media_ids = torch.tensor([model.config.video_token_id, model.config.audio_token_id])
+    shown = int(torch.isin(packed["input_ids"], media_ids).sum())
+    assert shown == sum(len(states) for states in view.media.values()) and int(packed["segments"].max()) == 5
+    computed = []
+    hook = model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: computed.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    list(examinee.each(by_video(asked(("first.mp4", "still.png")), media)))
+    hook.remove()
+    assert computed == [1 + 2]
 
 
 def test_answers_are_those_of_the_exam(tiny, media):
@@ -186,8 +205,8 @@ def test_groups_hold_all_videos_in_their_order():
         videos = [Video(f"{n}", Path(f"{n}"), (asked()[0],) * rng.randint(1, 5)) for n in range(20)]
         made = list(groups(videos, size))
         assert [video for group in made for video in group] == videos
-        counts = [sum(len(video.questions) for video in group) for group in made]
-        assert min(counts[:-1]) >= size and max(counts) < size + 5
+        assert all(number_of(group) <= size or len(group) == 1 for group in made)
+        assert all(number_of([*group, after[0]]) > size for group, after in pairwise(made)), "none could be larger"
 
 
 def marked(rights: dict[str, list[bool]], kinds=("a", "b"), options=("x", "y")) -> list[Answered]:

@@ -94,7 +94,7 @@ def qa(
     replaced = dict(key_value(item) for item in set_ or [])
     if out is not None:
         check_writable(out / "scores.json")
-    from kokanee.questions import LETTERS, by_video, of_world, read_questions
+    from kokanee.questions import LETTERS, by_video, number_of, of_world, read_questions
 
     asked = read_questions(questions)
     if letters := sum(not question.options and question.answer in set(LETTERS) for question in asked):
@@ -159,11 +159,6 @@ def marked(
             found.append(answered)
             progress.update(task, completed=len(found))
     return found
-
-
-def number_of(videos: Sequence[Video]) -> int:
-    """How many questions there are about these."""
-    return sum(len(video.questions) for video in videos)
 
 
 def tell(answered: Sequence[Answered], without_options: int, others: Mapping[str, Sequence[Answered]]) -> None:

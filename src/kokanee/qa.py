@@ -9,10 +9,11 @@ There are three ways (`Way`) of asking:
 - "letter": the question, the options with letters, one a line, and `questions.SENTENCE`. Chosen is the letter whose
   first token is the likeliest, as published benchmarks of options have it.
 
-Options are computed in one pass, packed behind one prompt (`prefix.py`), and no option sees another. A server tells no
+The options of all questions about a video are computed in one pass, packed behind what their prompts share, the video
+above all (`prefix.py`; of a short one behind each question), and no option sees another. A server tells no
 log-probabilities of options (`ServedExaminee`): by "letter" it is asked the same, and what it says is marked.
 
-Axes: N label tokens, B questions of a batch, O options of a question at most.
+Axes: N label tokens, B packed prompts, O options of one at most.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, groupby, islice
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +40,7 @@ from kokanee.model import EMBED_INPUTS, Kokanee
 from kokanee.prefix import Sample, branch_attention_in, collate_packed, pack, packed_log_probs
 from kokanee.processor import Processor
 from kokanee.prompt import IGNORED, Turn
-from kokanee.questions import LETTERS, Question, Video, by_video, is_right, lettered, of_world
+from kokanee.questions import LETTERS, Question, Video, by_video, is_right, lettered, number_of, of_world
 from kokanee.weights import fingerprint
 
 Way = Literal["answer", "text", "letter"]
@@ -259,39 +261,58 @@ class ModelExaminee(Examinee):
     @memory_said(LESS)
     @torch.no_grad()
     def log_probs(self, asked: Sequence[tuple[View, Question]]) -> list[tuple[float, ...]]:
-        """Of each question the log-probability of every option, from one pass."""
+        """Of each question the log-probability of every option, from one pass. Questions about one video stand together
+        in `asked`."""
         device = self.model.device
-        batch = collate_packed([self.packed(*one) for one in asked], self.processor.pad_id)
+        packed = [pack for _, some in groupby(asked, key=lambda one: id(one[0])) for pack in self.packed(list(some))]
+        batch = collate_packed([sample for _, sample in packed], self.processor.pad_id)
         batch = {name: value.to(device) for name, value in batch.items()}
         media = {}
         for name in EMBED_INPUTS:
-            found = [view.media[name] for view, _ in asked if name in view.media]
+            found = [view.media[name] for view, _ in packed if name in view.media]
             if found:
                 media[name] = torch.cat(found).to(device)
         with branch_attention_in(self.model):
             log_probs_N, rows_N, options_N = packed_log_probs(self.model, batch, **media)
         n_options = int(batch["segments"].max())
-        sums = answer_log_probs(log_probs_N, rows_N * n_options + options_N - 1, len(asked) * n_options)
-        sums_BO = sums.view(len(asked), n_options)
-        if not torch.isfinite(sums_BO).all():
+        sums = answer_log_probs(log_probs_N, rows_N * n_options + options_N - 1, len(packed) * n_options)
+        if not torch.isfinite(sums).all():
             raise KokaneeError(
                 "The model's log-probabilities are not finite. Load it with dtype bfloat16 or float32; if they stay "
                 "so, the checkpoint is damaged."
             )
-        return [tuple(row_O[: len(q.options)].tolist()) for row_O, (_, q) in zip(sums_BO, asked, strict=True)]
+        rows = zip(sums.view(len(packed), n_options).tolist(), packed, strict=True)
+        told = chain.from_iterable(row[: int(sample["segments"].max())] for row, (_, sample) in rows)
+        return [tuple(islice(told, len(question.options))) for _, question in asked]
 
-    def packed(self, view: View, question: Question) -> Sample:
-        """A question with all its options as answers; labels are the tokens whose log-probabilities count."""
-        by_letter = self.way == "letter"
-        text = lettered(question) if by_letter else question.question
+    def packed(self, asked: Sequence[tuple[View, Question]]) -> list[tuple[View, Sample]]:
+        """Questions about one video with all their options as answers, in their order; labels are the tokens whose
+        log-probabilities count."""
+        view = asked[0][0]
+        options = [[self.sample(view, *one) for one in self.options(question)] for _, question in asked]
+        return [(view, sample) for sample in packs(options)]
+
+    def options(self, question: Question) -> list[tuple[str, str]]:
+        """What is asked, with each option as it is answered."""
+        if self.way == "letter":
+            return [(lettered(question), letter) for letter in LETTERS[: len(question.options)]]
+        return [(question.question, option) for option in question.options]
+
+    def sample(self, view: View, asked: str, answer: str) -> Sample:
+        """A question with an answer, with labels where that counts."""
+        sample = self.processor.prepare_ids([Turn("user", asked), Turn("assistant", answer)], [view.block])
+        told = (sample["labels"] != IGNORED).nonzero()[:, 0]
         newline = len(self.processor.writer.turn_end) - 1  # what follows the end token is never generated
-        samples = []
-        for answer in LETTERS[: len(question.options)] if by_letter else question.options:
-            sample = self.processor.prepare_ids([Turn("user", text), Turn("assistant", answer)], [view.block])
-            told = (sample["labels"] != IGNORED).nonzero()[:, 0]
-            sample["labels"][told[1:] if by_letter else told[len(told) - newline :]] = IGNORED
-            samples.append(sample)
-        return pack(samples, shared_length(samples))
+        sample["labels"][told[1:] if self.way == "letter" else told[len(told) - newline :]] = IGNORED
+        return sample
+
+
+def packs(questions: Sequence[Sequence[Sample]]) -> list[Sample]:
+    """Questions with their answers, each a sample, packed all behind what they begin with, or question by question:
+    whichever has fewer tokens."""
+    ways = [[answer for answers in questions for answer in answers]], questions
+    made = [[pack(samples, shared_length(samples)) for samples in way] for way in ways]
+    return min(made, key=lambda packed: sum(len(sample["input_ids"]) for sample in packed))
 
 
 def after_thought(text: str) -> str:
@@ -303,13 +324,13 @@ def after_thought(text: str) -> str:
 
 
 def groups(videos: Sequence[Video], size: int) -> Iterator[list[Video]]:
-    """The videos in groups of at least `size` questions, but for the last."""
+    """The videos in groups of at most `size` questions, or of one that has more."""
     group: list[Video] = []
     for video in videos:
-        group.append(video)
-        if sum(len(one.questions) for one in group) >= size:
+        if group and number_of([*group, video]) > size:
             yield group
             group = []
+        group.append(video)
     if group:
         yield group
 

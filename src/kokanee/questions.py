@@ -57,6 +57,11 @@ class Video:
     questions: tuple[Question, ...]
 
 
+def number_of(videos: Sequence[Video]) -> int:
+    """How many questions there are about these."""
+    return sum(len(video.questions) for video in videos)
+
+
 def read_questions(path: str | Path) -> list[Question]:
     """All questions of a file, or of a folder of the world's clips. Raises `KokaneeError` for what is no question."""
     found = []
