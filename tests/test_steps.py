@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from kokanee import steps as steps_module
 from kokanee.errors import KokaneeError
+from kokanee.formats import append_jsonl
 from kokanee.steps import Command, Step, Told, minutes_left, records, run_steps, seconds_of, shown
 
 GOOD = ("--version",)
@@ -80,13 +82,19 @@ def test_a_step_that_is_to_make_more_than_it_did_is_done_again(tmp_path):
     one, two = (Step("marks", "", (GOOD,) * count, 1.0, made=("one.json", "two.json")[:count]) for count in (1, 2))
     assert run_steps([one], tmp_path, 1, here, nothing) == 1 and run_steps([one], tmp_path, 1, here, nothing) == 0
     assert run_steps([two], tmp_path, 1, here, nothing) == 1 and (tmp_path / "logs" / "marks-2.txt").is_file()
-    assert minutes_left([two], tmp_path, two) == 1.0
+    assert minutes_left([two], tmp_path) == 1.0
 
 
-def test_half_a_record_of_a_killed_writer_stops_nothing(tmp_path):
-    (tmp_path / "steps.jsonl").write_text('{"name": "on')
-    assert run_steps([Step("one", "", (GOOD,), 1.0)], tmp_path, 1, here, nothing) == 1
-    assert len(records(tmp_path)) == 1
+def test_how_long_a_step_takes_is_noted_while_it_is_under_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps_module, "NOTED_EVERY_S", 0.0)
+    monkeypatch.setattr(steps_module, "POLLED_S", 0.01)
+    seen = []
+    step = Step("one", "", (GOOD,), 1.0)
+    run_steps([step], tmp_path, 1, here, lambda told: seen.append(records(tmp_path)))
+    noted = [kept[0]["seconds"] for kept in seen if kept]
+    assert noted == sorted(noted) and len(set(noted)) > 1 and all(not kept[0]["ended"] for kept in seen if kept)
+    (record,) = records(tmp_path)
+    assert record["ended"] and record["seconds"] >= noted[-1] and max(map(len, seen)) == 1
 
 
 def test_commands_are_shown_as_one_would_type_them():
@@ -95,14 +103,15 @@ def test_commands_are_shown_as_one_would_type_them():
 
 def test_what_is_left_follows_from_how_long_steps_took(tmp_path):
     steps = [Step(name, "", (GOOD,), minutes) for name, minutes in (("one", 1.0), ("two", 10.0), ("three", 20.0))]
-    assert minutes_left(steps, tmp_path, steps[0]) == 31.0
+    assert minutes_left(steps, tmp_path) == 31.0
     (tmp_path / "steps.jsonl").write_text(
         '{"name": "one", "seconds": 30, "ended": false}\n{"name": "one", "seconds": 90, "ended": true}\n'
     )
     assert seconds_of(tmp_path) == {"one": 120.0}
-    assert minutes_left(steps, tmp_path, steps[1]) == 60.0  # the machine takes twice as long
-    assert minutes_left(steps, tmp_path, steps[1], since=5.0) == 55.0
-    assert minutes_left(steps, tmp_path, steps[1], since=500.0) == 40.0
+    assert minutes_left(steps, tmp_path) == 60.0  # the machine takes twice as long
+    for minutes, left in ((5, 55.0), (10, 45.0), (500, 40.0)):  # of several beginnings
+        append_jsonl(tmp_path / "steps.jsonl", [{"name": "two", "seconds": 60 * minutes, "ended": False}])
+        assert minutes_left(steps, tmp_path) == left
 
 
 def test_a_command_ends_when_the_one_who_began_it_is_killed(tmp_path):

@@ -363,4 +363,4 @@ def marks_of(settings: Settings, sft: str) -> dict[str, tuple[str, ...]]:
 def left(settings: Settings, out: Path) -> float:
     """About how many minutes a reproduction in `out` would take yet."""
     steps = steps_of(settings)
-    return minutes_left(steps, out, steps[0])
+    return minutes_left(steps, out)

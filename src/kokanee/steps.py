@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from kokanee.errors import KokaneeError
-from kokanee.formats import append_jsonl, drop_half_start, read_jsonl
+from kokanee.formats import read_jsonl, write_jsonl
 from kokanee.launch import FOLLOWED
 
 DONE, LOGS = "steps.jsonl", "logs"
 POLLED_S = 0.2
 LINE_EVERY_S = "5"
+NOTED_EVERY_S = 60.0  # a step that is killed has taken so much more at most
 TAIL = 4000  # bytes
 
 
@@ -62,25 +63,42 @@ def run_steps(steps: Sequence[Step], folder: Path, threads: int, device: Callabl
     `report` is called at the beginning of each step and while it is under way. Raises `KokaneeError` with what a
     command said when it failed.
     """
-    drop_half_start(folder / DONE)
     left = [step for step in steps if not is_done(step, folder)]
     for step in left:
-        number, started = steps.index(step) + 1, time.monotonic()
-        ended_well = False
+        clock = Clock(step.name, device(step), folder)
 
-        def tell(line: str, step: Step = step, number: int = number, started: float = started) -> None:
-            since = (time.monotonic() - started) / 60
-            report(Told(step, number, len(steps), line, minutes_left(steps, folder, step, since)))
+        def tell(line: str, step: Step = step, clock: Clock = clock) -> None:
+            if clock.since_noted_s > NOTED_EVERY_S:
+                clock.note()
+            report(Told(step, steps.index(step) + 1, len(steps), line, minutes_left(steps, folder)))
 
         tell("")
         try:
             run_commands(step, folder, threads, tell)
-            ended_well = True
-        finally:
-            seconds = round(time.monotonic() - started, 1)
-            record = {"name": step.name, "seconds": seconds, "ended": ended_well, "device": device(step)}
-            append_jsonl(folder / DONE, [record])
+        except BaseException:
+            clock.note()
+            raise
+        clock.note(ended=True)
     return len(left)
+
+
+class Clock:
+    """How long a step has taken since it began, as the last record of `steps.jsonl`."""
+
+    def __init__(self, step: str, device: str, folder: Path) -> None:
+        self.step, self.device, self.path, self.before = step, device, folder / DONE, records(folder)
+        self.began_s = self.noted_s = time.monotonic()
+
+    @property
+    def since_noted_s(self) -> float:
+        return time.monotonic() - self.noted_s
+
+    def note(self, ended: bool = False) -> None:
+        """Write it down in place of what was written of this beginning before."""
+        self.noted_s = time.monotonic()
+        seconds = round(self.noted_s - self.began_s, 1)
+        record = {"name": self.step, "seconds": seconds, "ended": ended, "device": self.device}
+        write_jsonl(self.path, [*self.before, record])
 
 
 def run_commands(step: Step, folder: Path, threads: int, tell: Callable[[str], None]) -> None:
@@ -181,7 +199,7 @@ def ended(folder: Path) -> list[dict[str, Any]]:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """All beginnings of steps that came to an end, or were stopped in a way that left time to note it."""
+    """All beginnings of steps, but those of which nothing was noted before they were killed."""
     return read_jsonl(folder / DONE) if (folder / DONE).is_file() else []
 
 
@@ -193,10 +211,14 @@ def seconds_of(folder: Path) -> dict[str, float]:
     return found
 
 
-def minutes_left(steps: Sequence[Step], folder: Path, under_way: Step, since: float = 0.0) -> float:
-    """About how many minutes are left: what steps are said to take, by how much longer or shorter they took so far."""
+def minutes_left(steps: Sequence[Step], folder: Path) -> float:
+    """About how many minutes are left: what steps are said to take, by how much longer or shorter they took so far,
+    but for what those that are under way have taken."""
     took, done = seconds_of(folder), [step for step in steps if is_done(step, folder)]
     expected = sum(step.minutes for step in done)
     pace = sum(took[step.name] for step in done) / 60 / expected if expected else 1.0
-    left = sum(step.minutes for step in steps) - expected
-    return max(pace * left - min(since, pace * under_way.minutes), 0.0)
+    begun: dict[str, float] = {}
+    for record in records(folder):
+        begun[record["name"]] = 0.0 if record["ended"] else begun.get(record["name"], 0.0) + record["seconds"]
+    left = [pace * step.minutes - begun.get(step.name, 0.0) / 60 for step in steps if step not in done]
+    return sum(max(minutes, 0.0) for minutes in left)
