@@ -231,6 +231,19 @@ def test_an_output_without_room_is_one_message(media):
     assert "Traceback" not in found.stderr and "Exception" not in found.stderr
 
 
+def test_weights_without_room_are_one_message_and_leave_nothing(tiny_checkpoint, tmp_path):
+    """No file may become longer than what comes before the weights."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+        found = kk("convert", tiny_checkpoint, tmp_path / "out", code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "Error: The output cannot be written: File too large. Make room" in found.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [

@@ -9,12 +9,14 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from safetensors import SafetensorError
 from typer.core import TyperGroup
 
 import kokanee
@@ -63,13 +65,22 @@ class Commands(TyperGroup):
             if error.filename is not None:
                 message = f"Error: {error.filename}: {error.strerror}. Check the path and its permissions."
             elif error.errno in NO_PLACE:
-                message = f"Error: The output cannot be written: {error.strerror}. Make room, or choose another place."
+                message = no_place(error.strerror)
                 discard_output()
             else:
                 raise
             code = 1
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None or int(number[1]) not in NO_PLACE:
+                raise
+            message, code = no_place(os.strerror(int(number[1]))), 1
         typer.echo(message, err=True)
         raise typer.Exit(code)
+
+
+def no_place(why: str | None) -> str:
+    return f"Error: The output cannot be written: {why}. Make room, or choose another place."
 
 
 def discard_output() -> None:
