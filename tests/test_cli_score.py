@@ -77,6 +77,15 @@ def test_a_model_is_asked_once_and_what_it_did_not_judge_is_told(world):
     assert "6 judgements failed" in (world / "other" / "report.html").read_text()
 
 
+def test_clips_without_plain_captions_of_intervals_are_told(world):
+    """Nobody knows into which intervals they were to be cut, where no run's settings say it."""
+    file = json.loads((world / "samples.jsonl").read_text().splitlines()[0])["file"]
+    (world / "parts.json").write_text(json.dumps([{"file": file, "start_s": 0, "end_s": 2, "caption": "A dog."}]))
+    found = kk("score", world / "parts.json", "-e", world / "samples.jsonl", "-o", world / "s")
+    assert "5 files without captions of intervals are left out, as how they were to be cut is not known" in found.stderr
+    assert "left out" not in kk("score", world / "right.json", "-e", world / "samples.jsonl", "-o", world / "r").stderr
+
+
 def test_agreement_of_a_model_with_the_exact_judge(world):
     def careful(request):
         asked = request["messages"][-1]["content"].split("\n\n<description>")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from kokanee import adapting, formats, mrdpo
 from kokanee.adapters import load_adapter, merge
 from kokanee.checkpoints import base_of, load
 from kokanee.clips import WorldClips, WorldData
+from kokanee.defaults import Defaults
 from kokanee.drafts import Team, Writer
 from kokanee.errors import KokaneeError
 from kokanee.formats import alone_in, read_json, read_jsonl, write_json
-from kokanee.mrdpo import best, check_enough, is_over, opened, run_mrdpo
+from kokanee.mrdpo import check_enough, opened, run_mrdpo
 from kokanee.mrdpo_recipe import MrdpoRecipe
+from kokanee.mrdpo_report import best, is_over
 from kokanee.pairs import read_pairs
 from mrdpo_runs import quiet, run, small_recipe, weights
 from together import run_together
@@ -335,6 +338,21 @@ def test_a_start_without_any_verdict_is_no_error_of_0(recipe, tmp_path, monkeypa
     monkeypatch.setattr(adapting, "verdicts", none)
     with pytest.raises(KokaneeError, match="None of 3 captions of the validation clips has a verdict"):
         run(recipe(unjudged=1.0), tmp_path / "run")
+
+
+def test_greedy_captions_are_measured_as_the_model_makes_them(recipe, tiny_checkpoint, tmp_path):
+    """With the checkpoint's penalty of repetitions; what is drawn, and the KL of it, without any."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    Defaults("Describe the video.", 12, repetition_penalty=1.5).save(folder)
+    for name, model in (("plain", tiny_checkpoint), ("penalty", folder)):
+        mrdpo.first_figures(opened(recipe(model=str(model)), tmp_path / name, quiet))
+    said = {}
+    for file in ("validation", "validation-sampled"):
+        one, two = (read_jsonl(tmp_path / name / "round-00" / f"{file}.jsonl") for name in ("plain", "penalty"))
+        said[file] = [[row["captions"] for row in rows] for rows in (one, two)]
+    assert said["validation"][0] != said["validation"][1]
+    assert said["validation-sampled"][0] == said["validation-sampled"][1]
 
 
 def test_references_and_policy_are_computed_alike(recipe):

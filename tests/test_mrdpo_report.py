@@ -30,7 +30,7 @@ RECIPE = {
     "learning_rate": 0.0003,
     "lora": {"r": 64, "alpha": 128.0},
 }
-TOTALS = {0: (50.25, 60.5), 1: (30.15, 55.0), 2: (40.2, 57.475)}
+TOTALS = {0: (50.25, 60.5), 1: (30.15, 55.0), 2: (40.2, 57.475), 3: (41.0, 57.0)}
 N_CLIPS = 30
 
 
@@ -149,7 +149,7 @@ def test_the_numbers_are_those_of_the_files(tmp_path):
     assert row(page, "KL to the round&#x27;s reference")[1:] == ["2.345"] * 2
     assert (
         "gDPO, beta 0.25, weight of the ground truth 0.125" in page
-        and "<dd>42 min, not counting what a stop undid</dd>" in page
+        and "<dd>42 min, each part since it was last begun or continued</dd>" in page
     )
     assert (
         "3 of 20 steps, learning rate 0.0003" in page
@@ -271,6 +271,15 @@ def test_a_run_that_ran_out_of_patience_is_not_called_unfinished(tmp_path):
         assert ("Stopped early" in page) == stopped and ("Not finished" in page) != stopped
     write_json(folder / "state.json", {"recipe": {**RECIPE, "loss": "gdpo", "patience": 1, "rounds": 2}, "start": {}})
     assert "Stopped early" not in run_page(folder)
+
+
+def test_rounds_after_those_that_patience_allows_do_not_count(tmp_path):
+    """Round 1 is the best of three that are done, round 2 the last with a patience of 1."""
+    folder = make_run(tmp_path, finished=3)
+    for patience, rounds in ((1, 2), (2, 3), (9, 3), (None, 3)):
+        write_json(folder / "state.json", {"recipe": {**RECIPE, "loss": "gdpo", "patience": patience}})
+        page = run_page(folder)
+        assert f"In {rounds} rounds the total error" in page and len(row(page, "Total")) == rounds + 1
 
 
 def test_rounds_beyond_the_last_do_not_count_and_the_best_is_named(tmp_path):

@@ -101,6 +101,20 @@ def test_one_packed_pass_has_the_loss_and_gradients_of_separate_passes(make, los
             assert torch.allclose(grads[name], parameter.grad, rtol=1e-4, atol=1e-5 * scale + 1e-9), name
 
 
+def test_nothing_is_learnt_of_the_end_of_a_text_that_was_cut_off(make, clips):
+    """The labels are those of its own tokens, whichever of the lesson's texts it is."""
+    whole = make()
+    for cut_off in ((BAD,), (TRUE,), (GOOD, BAD)):
+        lesson = replace(whole.lessons[1], cut_off=cut_off)
+        objective = Preferences(whole.model, whole.processor, clips, [lesson], whole.weights, held_out=0, seed=3)
+        packed, told = objective.pack(0), []
+        for segment in range(1, 6):
+            labels = packed["labels"][packed["segments"] == segment]
+            told.append(whole.processor.tokenizer.decode(labels[labels != IGNORED]))
+        end = whole.processor.tokenizer.decode(whole.processor.writer.turn_end)
+        assert told == [text + end * (text not in cut_off) for text in (GOOD, BAD, TRUE, GOOD, TRUE)]
+
+
 def test_a_new_adapter_begins_at_no_preference(make, tiny_model):
     """log 2 + weight x cross-entropy, with live dropout: B is 0."""
     model = adapted(tiny_model, Lora(r=4, alpha=8, dropout=0.5)).get_base_model()

@@ -94,6 +94,12 @@ def test_what_is_too_deep_too_long_or_no_number_is_refused(reply):
     assert read_lists(reply) is None
 
 
+def test_what_a_judge_thinks_aloud_is_no_part_of_its_reply():
+    thought = 'So {"Missed": 9} or {1, 2}?</think>\n{"Missed": 1, "Correct": 2, "Incorrect": 0, "Hallucination": 4}'
+    for text in (f"<think>{thought}", thought):
+        assert read_counts(text, 3) == Reply(1, 0, 4)
+
+
 def test_a_verdict_needs_lists_that_agree_with_numbers_and_events():
     events = ["a", "b", "c"]
     right = Reply(1, 1, 1, ("a",), ("b",), ("z",))

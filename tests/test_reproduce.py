@@ -132,6 +132,7 @@ def test_what_is_begun_with_or_left_out_has_no_step():
 def idle(monkeypatch):
     """Steps that do nothing, and results that say nothing."""
     monkeypatch.setattr(module, "run_steps", lambda steps, folder, threads, device, report: 0)
+    monkeypatch.setattr(module, "is_done", lambda step, folder: True)
     monkeypatch.setattr(module, "results", lambda settings, out, steps: dict(settings))
     monkeypatch.setattr(module, "page", lambda found: f"{len(found)} seeds")
 
@@ -147,6 +148,17 @@ def test_a_folder_goes_on_with_the_same_settings_alone(idle, tmp_path):
     ):
         with pytest.raises(KokaneeError, match=f"other settings {said}"):
             reproduce(other, out, print)
+
+
+def test_results_are_made_again_whatever_stops_a_call_that_has_more_to_do(idle, tmp_path, monkeypatch):
+    """Killed after the last step: the next call finds all steps done, and no results of fewer."""
+    reproduce(Settings(without=("dpo",)), tmp_path, print)
+    with monkeypatch.context() as killed:
+        killed.setattr(module, "is_done", lambda step, folder: step.name != "controls")
+        killed.setattr(module, "run_steps", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            reproduce(Settings(), tmp_path, print)
+    assert reproduce(Settings(), tmp_path, print) and read_json(tmp_path / "results.json")["without"] == []
 
 
 def test_what_has_not_begun_may_change_and_what_has_stays_as_it_is(idle, tmp_path):

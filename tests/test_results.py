@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from kokanee.results import compared, figures, goals, kept_share, known_by_clip, stage_of
+from kokanee.formats import append_jsonl, write_json
+from kokanee.results import compared, figures, goals, kept_share, known_by_clip, machine, results, stage_of
+from kokanee.steps import Step
 
 
 def stage(total: float, sampled: float, right: float) -> dict[str, Any]:
@@ -49,19 +51,22 @@ def test_goals_tell_their_numbers_and_the_control_where_there_is_one():
     assert goals(stages(mrdpo=stage(50, 36, 92)))[3]["told"].startswith("mrDPO lowered no error")
 
 
+MARKS = {
+    "rates": {"missed": 20.0, "incorrect": 3.0, "hallucinated": 2.0},
+    "hall": 5.0,
+    "total": 25.0,
+    "total_interval": [23.0, 27.0],
+    "repetition": 1.0,
+    "words": 30.0,
+    "answers": 75.0,
+    "answers_interval": [70.0, 80.0],
+    "answers_by_kind": {"colour": 50.0, "shape": 100.0},
+    "questions_by_kind": {"colour": 2, "shape": 2},
+}
+
+
 def test_marks_become_one_flat_record():
-    marks = {
-        "rates": {"missed": 20.0, "incorrect": 3.0, "hallucinated": 2.0},
-        "hall": 5.0,
-        "total": 25.0,
-        "total_interval": [23.0, 27.0],
-        "repetition": 1.0,
-        "words": 30.0,
-        "answers": 75.0,
-        "answers_interval": [70.0, 80.0],
-        "answers_by_kind": {"colour": 50.0, "shape": 100.0},
-        "questions_by_kind": {"colour": 2, "shape": 2},
-    }
+    marks = MARKS
     flat = figures(marks)
     assert flat["missed"] == 20.0 and (flat["total_low"], flat["total_high"]) == (23.0, 27.0)
     made = stage_of([marks, marks, {**marks, "total": 40.0}, {**marks, "total": 22.0}])
@@ -73,6 +78,31 @@ def test_marks_become_one_flat_record():
         "questions": 4,
         "by_kind": {"colour": {"right": 50.0, "questions": 2}, "shape": {"right": 100.0, "questions": 2}},
     }
+
+
+def test_every_device_that_worked_on_a_step_is_named(tmp_path):
+    steps = [Step("one", "", (), 1.0), Step("two", "", (), 1.0)]
+    told = [("one", "a GPU", False), ("one", "2 cores", True), ("other", "a phone", True), ("two", "2 cores", False)]
+    names = ("name", "device", "ended")
+    append_jsonl(tmp_path / "steps.jsonl", [{"seconds": 9.0, **dict(zip(names, one, strict=True))} for one in told])
+    assert machine(steps, tmp_path)["device"] == "a GPU and 2 cores"
+
+
+def test_a_control_that_has_not_ended_is_left_out(tmp_path):
+    settings = {"model": "nano", "seed": 1, "quick": True, "start": "nano-sft"}
+    stages = {
+        f"marks/{name}.json": {"settings": {"clips": 4}, "marks": [MARKS] * 4} for name in ("sft", "mrdpo", "rebirth")
+    }
+    for name, made in {
+        **stages,
+        "7-rebirth/metrics.json": {"captions": {"kept": 3}},
+        "7-rebirth/state.json": {"recipe": {"steps": 5}},
+        "exam/state.json": {"seed": 1},
+        "6-mrdpo/metrics.json": {"rounds": []},
+        "ce/state.json": {"recipe": {}},
+    }.items():
+        write_json(tmp_path / name, made)
+    assert results(settings, tmp_path, [])["ce_rounds"] == []
 
 
 def marked(*wrong: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from kokanee.formats import append_jsonl
 from kokanee.ground_truth import GroundTruth, Truth, read_ground_truth
 from kokanee.judges import Judgement, LanguageModelJudge, judged
 from kokanee.predictions import Cut, Prediction
-from kokanee.scoring import ExactJudge, Item, ModelJudge, Scores, beside, judge_all, matched, scores
+from kokanee.scoring import ExactJudge, Item, ModelJudge, Scores, beside, judge_all, judged_item, matched, scores
 from kokanee.world.facts import exact
 from kokanee.world.language import write
 from kokanee.world.make import MakeSettings, record, scene_of
@@ -132,6 +132,17 @@ def test_a_caption_that_was_not_judged_stays_in_the_denominator():
         and found.rates.missed == 50.0
     )
     assert found.as_dict()["videos"][1]["counts"] is None
+
+
+def test_as_published_a_run_in_which_nothing_was_judged_is_no_run_without_errors():
+    """The median is that of the others; where there are none, there is no score."""
+    item = Item(Prediction("a.mp4", "A dog runs."), Truth("a.mp4", (AtomicEvent("A dog runs", "seen"),) * 2))
+    half, down = Judgement(Counts(1, 0, 0, 2), None), "the server is down"
+    found = scores([judged_item(item, [down, half, down, down])], as_published=True)
+    assert found.median_run == 1 and found.rates.total == 50.0
+    assert scores([judged_item(item, [down, half, down, down])]).rates.total == 100.0
+    with pytest.raises(KokaneeError, match=r"No caption was judged.*the server is down"):
+        scores([judged_item(item, [down, down])], as_published=True)
 
 
 def test_a_judge_that_never_answers_ends_it_with_the_reason():

@@ -96,8 +96,10 @@ def evaluated(run: Run[Any], data: Source, place: Path, label: str, moved: bool)
     numbers = range(min(recipe.validation_clips, len(clips)))
     tasks = tasks_for(run, data, "validation", numbers, "validation")
     made["clips"] = len(tasks)
-    for name, file, temperature in (("greedy", GREEDY, 0.0), ("sampled", SAMPLED, 1.0)):
-        decoding = Decoding(temperature, 1.0, recipe.seed, recipe.max_new_tokens)
+    limits = {"seed": recipe.seed, "max_new_tokens": recipe.max_new_tokens}
+    greedy = Decoding(repetition_penalty=defaults_of(recipe, data).repetition_penalty, **limits)  # as it is used
+    sampled = Decoding(temperature=1.0, top_p=1.0, **limits)  # as it is
+    for name, file, decoding in (("greedy", GREEDY, greedy), ("sampled", SAMPLED, sampled)):
         written = told(run, f"{label}check, {name}")
         drafts = run.writer.captions(place / f"{file}.jsonl", clips, tasks, [decoding], 1, written)
         path, read = place / f"{file}-verdicts.jsonl", told(run, f"{label}judge, {name}")
@@ -111,14 +113,17 @@ def evaluated(run: Run[Any], data: Source, place: Path, label: str, moved: bool)
             )
         made[name] = {**figures(judged_ones), "unjudged": len(drafts) - len(judged_ones)}
         if name == "sampled" and run.adapted is not None and moved:
-            made["kl"] = divergence(run, tasks, [draft["captions"][0] for draft in drafts])
+            made["kl"] = divergence(run, tasks, drafts)
     made["qa"] = run.writer.right_answers(clips, tasks)
     return made
 
 
-def divergence(run: Run[Any], tasks: Sequence[Task], captions: Sequence[str]) -> float:
+def divergence(run: Run[Any], tasks: Sequence[Task], drafts: Sequence[dict[str, Any]]) -> float:
     """The mean log-probability of the model's own captions, less that under the model without the adapter."""
-    lessons = [Lesson(task.number, task.name, task.prompt, text) for task, text in zip(tasks, captions, strict=True)]
+    lessons = []
+    for task, draft in zip(tasks, drafts, strict=True):
+        (text,), (finished,) = draft["captions"], draft["finished"]
+        lessons.append(Lesson(task.number, task.name, task.prompt, text, cut_off=() if finished else (text,)))
     assert run.adapted is not None and run.validation is not None
     model: Any = run.adapted.get_base_model()
     objective = Preferences(model, run.processor, run.validation, lessons, Weights("ce"), held_out=0, seed=0)

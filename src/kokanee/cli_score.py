@@ -15,6 +15,7 @@ from kokanee.errors import KokaneeError
 from kokanee.formats import alone_in, check_writable, write_json, write_text
 
 if TYPE_CHECKING:
+    from kokanee.ground_truth import GroundTruth
     from kokanee.predictions import Prediction
     from kokanee.scoring import Item, Judge, Scores
 
@@ -90,7 +91,7 @@ def score(
         by, runs = chosen(judge, asking, out / REPLIES, as_published, runs)
         systems, lines, made = [], [HEAD, rule(HEAD)], {}
         for name, (path, (whole, parts, unknown)) in zip(names_of(predictions), matching.items(), strict=True):
-            say_counted(path, [*whole, *parts], unknown, as_published)
+            say_counted(path, [*whole, *parts], unknown, truth, as_published)
             made[name] = {
                 scope: scores(judged_items(items, by, runs, name), as_published)
                 for scope, items in (("global", whole), ("local", parts))
@@ -124,7 +125,9 @@ def score(
         raise KokaneeError(lost)
 
 
-def say_counted(path: Path, items: Sequence[Item], unknown: Sequence[Prediction], as_published: bool) -> None:
+def say_counted(
+    path: Path, items: Sequence[Item], unknown: Sequence[Prediction], truth: GroundTruth, as_published: bool
+) -> None:
     """Say which captions of a file count, where not all do, and what has none."""
     from kokanee.ground_truth import place
 
@@ -134,6 +137,11 @@ def say_counted(path: Path, items: Sequence[Item], unknown: Sequence[Prediction]
     silent = sum(not item.prediction.text for item in items)
     if silent:
         say(f"{path}: {silent} files or intervals have no caption, and miss everything")
+    counted = {item.truth.file for item in items}
+    absent = [file for file in dict.fromkeys(found.file for found in truth.truths) if file not in counted]
+    if absent and not as_published:
+        such = f"how they were to be cut is not known (such as {absent[0]})"
+        say(f"{path}: {len(absent)} files without captions of intervals are left out, as {such}")
     if as_published:
         say(f"{path}: as published, only the {len(items)} captions count that there are")
 

@@ -139,8 +139,9 @@ def train_rounds(settings: dict[str, Any], source: str, out: Path, command: Sequ
     processes = settings.get("processes", 1)
     if isinstance(processes, int) and processes > 1 and not is_worker():
         raise typer.Exit(shared(processes, settings, command))
-    from kokanee.mrdpo import best, run_mrdpo, table
+    from kokanee.mrdpo import run_mrdpo, table
     from kokanee.mrdpo_recipe import MrdpoRecipe
+    from kokanee.mrdpo_report import best
 
     with as_worker():
         recipe = checked(MrdpoRecipe, settings, source)

@@ -218,8 +218,8 @@ def listed(verdict: Verdict) -> dict[str, Any]:
 
 def candidates(draft: dict[str, Any], verdict: dict[str, Any]) -> list[Candidate]:
     """The captions of a clip that were judged."""
-    rows = zip(draft["captions"], verdict["counts"], verdict["repetition"], strict=True)
-    return [Candidate(text, Counts(**counts), repeated) for text, counts, repeated in rows if counts is not None]
+    rows = zip(draft["captions"], verdict["counts"], verdict["repetition"], draft["finished"], strict=True)
+    return [Candidate(text, Counts(**counts), *more) for text, counts, *more in rows if counts is not None]
 
 
 def figures(made: Sequence[Candidate]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 2000
+DRAWN_TOGETHER = 2**20  # videos of draws, to bound memory
 OTHER = "other"
 
 
@@ -92,7 +93,7 @@ class Rates:
 
 
 def rates(counts: Iterable[Counts]) -> Rates:
-    """Micro-averaged rates; all 0 where there are no events."""
+    """Micro-averaged rates; where there are no events, what is invented counts as beside one."""
     total = sum(counts, Counts(0, 0, 0, 0))
     found = (total.missed, total.incorrect, total.hallucinated)
     return Rates(*(100.0 * count / max(1, total.n_events) for count in found))
@@ -154,8 +155,9 @@ def resampled(counts: Sequence[Counts], of: Callable[[Rates], float], seed: int)
 def drawn_shares(counts: tuple[Counts, ...], seed: int) -> np.ndarray:
     """Missed, incorrect and hallucinated events of each draw in per cent, (3, RESAMPLES): the same for every rate."""
     table_N4 = np.array([(c.missed, c.incorrect, c.hallucinated, c.n_events) for c in counts], np.float64)
-    drawn_RN = np.random.default_rng(seed).integers(0, len(counts), (RESAMPLES, len(counts)))
-    sums_R4 = table_N4[drawn_RN].sum(1)
+    rng, together = np.random.default_rng(seed), max(1, DRAWN_TOGETHER // len(counts))
+    sizes = [min(together, RESAMPLES - first) for first in range(0, RESAMPLES, together)]
+    sums_R4 = np.concatenate([table_N4[rng.integers(0, len(counts), (size, len(counts)))].sum(1) for size in sizes])
     return 100.0 * sums_R4[:, :3].T / np.maximum(sums_R4[:, 3], 1.0)
 
 

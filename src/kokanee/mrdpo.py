@@ -32,7 +32,7 @@ from kokanee.formats import alone_in, read_json, remove_unfinished, write_json, 
 from kokanee.launch import is_main
 from kokanee.model import Kokanee
 from kokanee.mrdpo_recipe import FREE_IN_ROUNDS, MrdpoRecipe
-from kokanee.mrdpo_report import run_page
+from kokanee.mrdpo_report import best, is_over, run_page
 from kokanee.pairs import Pair, dropped, picked
 from kokanee.preferences import WITH_PAIRS, Lesson, Preferences, Weights
 from kokanee.runs import (
@@ -167,21 +167,6 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def total_of(found: dict[str, Any]) -> float:
-    """The error by which rounds are compared: of greedy captions of the validation clips."""
-    return found["greedy"]["total"]
-
-
-def best(found: Sequence[dict[str, Any]]) -> int:
-    """The round with the lowest validation error, the first of equals."""
-    return min(range(len(found)), key=lambda number: (total_of(found[number]), number))
-
-
-def is_over(found: Sequence[dict[str, Any]], patience: int | None) -> bool:
-    """Whether the last `patience` rounds brought no lower error."""
-    return patience is not None and len(found) - 1 - best(found) >= patience
-
-
 def remade(run: Rounds, rounds: int) -> Kokanee:
     """The model after so many rounds, from the base and the adapters on disk."""
     recipe = run.recipe
@@ -298,9 +283,10 @@ def tasks_of(run: Rounds, number: int) -> list[Task]:
     return tasks_for(run, run.recipe.data.train, "train", numbers_of(run, number), f"{run.recipe.seed}/{number}")
 
 
-def lesson_of(task: Task, pairs: Sequence[tuple[str, str]] = ()) -> Lesson:
-    """What is learnt from a clip."""
-    return Lesson(task.number, task.name, task.prompt, task.ground_truth, tuple(pairs), task.questions)
+def lesson_of(task: Task, pairs: Sequence[tuple[str, str]] = (), cut_off: Sequence[str] = ()) -> Lesson:
+    """What is learnt from a clip, of whose pairs (chosen, rejected) those in `cut_off` did not come to their end."""
+    cut_off = (*cut_off, *(() if task.finished else (task.ground_truth,)))
+    return Lesson(task.number, task.name, task.prompt, task.ground_truth, tuple(pairs), task.questions, cut_off)
 
 
 def pick(
@@ -315,7 +301,8 @@ def pick(
         found, why = picked(made, rules)
         lost.append(why)
         if found:
-            lessons.append(lesson_of(task, [(better.text, worse.text) for better, worse in found]))
+            cut_off = [one.text for pair in found for one in pair if not one.finished]
+            lessons.append(lesson_of(task, [(better.text, worse.text) for better, worse in found], cut_off))
         for better, worse in found:
             ends, scores = (task.truth.start_s, task.truth.end_s), (better.score(rules), worse.score(rules))
             pairs.append(Pair(task.truth.file, task.prompt, better.text, worse.text, task.ground_truth, *ends, *scores))

@@ -101,7 +101,7 @@ class Told:
 def run_page(folder: Path) -> str:
     """The page of the run in a folder. Raises `KokaneeError` where there is none, or one of another stage."""
     recipe = recipe_of(folder)
-    rounds = [one for one in rounds_of(folder) if one.number <= recipe["rounds"]]
+    rounds = within(rounds_of(folder), recipe)
     finished = [one for one in rounds if one.figures]
     parts = {
         "about": about(recipe, finished),
@@ -125,6 +125,32 @@ def recipe_of(folder: Path) -> dict[str, Any]:
         stage = f"a run of the stage {recipe.get('stage')!r}, which has no rounds"
         raise KokaneeError(f"{folder} holds {stage}. Give the folder of a run of mrDPO.")
     return recipe
+
+
+def within(rounds: Sequence[Round], recipe: Mapping[str, Any]) -> list[Round]:
+    """The rounds that count: the recipe may have been given fewer, or less patience, since there were more."""
+    rounds, done = [one for one in rounds if one.number <= recipe["rounds"]], []
+    for count, one in enumerate(rounds, 1):
+        if "total" in one.figures.get("greedy", ()):
+            done.append(one.figures)
+            if is_over(done, recipe.get("patience")):
+                return rounds[:count]
+    return rounds
+
+
+def total_of(found: Mapping[str, Any]) -> float:
+    """The error by which rounds are compared: of greedy captions of the validation clips."""
+    return found["greedy"]["total"]
+
+
+def best(found: Sequence[Mapping[str, Any]]) -> int:
+    """The round with the lowest validation error, the first of equals."""
+    return min(range(len(found)), key=lambda number: (total_of(found[number]), number))
+
+
+def is_over(found: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
+    """Whether the last `patience` rounds brought no lower error."""
+    return patience is not None and len(found) - 1 - best(found) >= patience
 
 
 def rounds_of(folder: Path) -> list[Round]:
@@ -174,7 +200,7 @@ def about(recipe: Mapping[str, Any], finished: Sequence[Round]) -> str:
         "Rounds": "{rounds} of {steps} steps, learning rate {learning_rate}".format_map(recipe) + slower,
         "Captions": captions.format_map(recipe),
         "Adapter": lora + ("new and merged every round" if recipe.get("proxy") else "the same in all rounds"),
-        "Took": f"{duration(took)}, not counting what a stop undid" if took else "",
+        "Took": f"{duration(took)}, each part since it was last begun or continued" if took else "",
         "Made by": f"kokanee {kokanee.__version__}",
     }
     return "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in told.items() if value)
@@ -287,7 +313,7 @@ def training_plots(recipe: Mapping[str, Any], rounds: Sequence[Round]) -> list[s
     first_only = "" if recipe.get("proxy", True) else "; measured in round 1 only, as the adapter goes on"
     return [
         plot("Pairs", "a round", pairs, n_rounds, 0),
-        plot("Error of the pairs' captions", "share of events", scores, n_rounds, 2),
+        plot("Error of the pairs' captions", "of events and words, weighed as for pairs", scores, n_rounds, 2),
         plot("KL to the round's reference", f"nats a caption{first_only}", moved, n_rounds, 2),
         plot("Reward margin", "", learnt("margin"), n_rounds, 2),
         plot("Accuracy", "share of pairs with chosen above rejected", learnt("accuracy"), n_rounds, 2),

@@ -51,11 +51,13 @@ class PairRules(BaseModel):
 
 @dataclass(frozen=True)
 class Candidate:
-    """One sampled caption of a clip: its text, verdict in numbers, and repetition (a share, 0 to 1)."""
+    """One sampled caption of a clip: its text, verdict in numbers, and repetition (a share, 0 to 1). finished: it came
+    to its end."""
 
     text: str
     counts: Counts
     repetition: float = 0.0
+    finished: bool = True
 
     def score(self, rules: PairRules) -> float:
         """The error to be compared; lower is better."""
@@ -98,7 +100,8 @@ def picked(candidates: Sequence[Candidate], rules: PairRules) -> tuple[list[tupl
     two pairs. Equal texts are one caption. Ties are never pairs, whatever `min_gap`. Silence is never chosen: beside a
     caption that is mostly wrong it has few errors, but nobody wants it learnt.
     """
-    different = list({candidate.text: candidate for candidate in candidates}.values())
+    finished_last = sorted(candidates, key=lambda candidate: candidate.finished)
+    different = list({candidate.text: candidate for candidate in finished_last}.values())
     if len(different) < 2:
         return [], Counter({FEWER if len(candidates) < 2 else SAME: 1})
     order = sorted(different, key=lambda candidate: (candidate.score(rules), candidate.text))

@@ -22,7 +22,7 @@ from kokanee.losses import answer_log_probs, dpo, gdpo
 from kokanee.model import EMBED_INPUTS, Kokanee
 from kokanee.prefix import Sample, collate_packed, pack, packed_log_probs
 from kokanee.processor import Processor
-from kokanee.prompt import Turn
+from kokanee.prompt import IGNORED, Turn
 from kokanee.train import Batch, Objective, Stats
 
 Loss = Literal["gdpo", "dpo", "ce"]
@@ -36,7 +36,8 @@ WINDOW = 16  # batches that are made together, so that clips of like length can 
 @dataclass(frozen=True)
 class Lesson:
     """What is learnt about one clip: pairs of a better and a worse caption of the model's, the caption of somebody who
-    saw the clip (None: nobody's), answers to other questions."""
+    saw the clip (None: nobody's), answers to other questions. cut_off: which of these texts did not come to their end,
+    so that nothing is learnt of it."""
 
     number: int
     name: str
@@ -44,6 +45,7 @@ class Lesson:
     ground_truth: str | None
     pairs: tuple[tuple[str, str], ...] = ()
     questions: tuple[tuple[str, str], ...] = ()
+    cut_off: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,9 @@ class Preferences(Objective):
             self.processor.prepare_ids([Turn("user", asked), Turn("assistant", text)], [block])
             for asked, text in [*((lesson.prompt, text) for text in told), *lesson.questions]
         ]
+        for sample, text in zip(whole, told):
+            if text and text in lesson.cut_off:
+                sample["labels"][-len(self.processor.writer.turn_end) :] = IGNORED
         return pack(whole, shared_length(whole))
 
     def truths(self, lesson: Lesson) -> list[str]:

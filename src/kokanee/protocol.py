@@ -114,7 +114,11 @@ def read_counts(text: str, n_events: int) -> Reply | None:
 
 
 def read_object(text: str) -> dict[str, Any] | None:
-    """The object from the first brace of a reply to its last, as JSON or as a Python literal; None where it is none."""
+    """The object from the first brace of a reply to its last, as JSON or as a Python literal; None where it is none.
+
+    What a model thinks aloud before it replies is left out.
+    """
+    text = text.rpartition("</think>")[2]
     start, stop = text.find("{"), text.rfind("}") + 1
     if not 0 <= start < stop or stop - start > LONGEST_REPLY:
         return None

@@ -330,7 +330,8 @@ def kept(
         records.append({"clip": task.name, "caption": caption, "dropped": why})
         if not why or task.questions:
             said = None if why else caption
-            lessons.append(Lesson(task.number, task.name, task.prompt, said, questions=task.questions))
+            cut_off = () if finished or said is None else (said,)
+            lessons.append(Lesson(task.number, task.name, task.prompt, said, (), task.questions, cut_off))
     dropped = Counter(record["dropped"] for record in records if record["dropped"])
     if run.team.is_main:
         write_jsonl(folder / KEPT, records)

@@ -29,7 +29,7 @@ from kokanee.recipes import Recipe, checked, read_yaml
 from kokanee.reproduce_report import page
 from kokanee.results import MARKED, results
 from kokanee.stages import Sizes
-from kokanee.steps import Report, Step, minutes_left, run_steps
+from kokanee.steps import Report, Step, is_done, minutes_left, run_steps
 
 VERSION = 1
 FREE = ("device", "processes", "without", "changed")
@@ -112,6 +112,8 @@ def reproduce(settings: Settings, out: Path, report: Report, beside: Sequence[Pa
                 text = yaml.safe_dump(sized_for(settings, recipe), sort_keys=False)
                 write_text(out / RECIPES / f"{name}.yaml", text)
         steps = steps_of(settings)
+        if not all(is_done(step, out) for step in steps):
+            (out / RESULTS).unlink(missing_ok=True)  # whatever stops this call, the next one makes them of all steps
         done = run_steps(steps, out, THREADS, partial(device_name, settings, out), report)
         there = (out / RESULTS).is_file()
         if done or not there:

@@ -10,7 +10,7 @@ from typing import Any
 import kokanee
 from kokanee.events import Counts, difference, right_difference
 from kokanee.formats import read_json
-from kokanee.steps import Step, ended, seconds_of
+from kokanee.steps import Step, records, seconds_of
 
 VERSION = 1
 MARKED = {"dpo": "dpo", "mrdpo": "6-mrdpo", "rebirth": "7-rebirth", "ce": "ce", "continued": "continued"}
@@ -56,7 +56,7 @@ def results(settings: dict[str, Any], out: Path, steps: Sequence[Step]) -> dict[
         "stages": stages,
         "compared": [compared(found, *names) for names in COMPARED if all(known_by_clip(found, n) for n in names)],
         "rounds": rounds(out / "6-mrdpo"),
-        "ce_rounds": rounds(out / "ce") if (out / "ce").is_dir() else [],
+        "ce_rounds": rounds(out / "ce") if (out / "ce" / "metrics.json").is_file() else [],
         "rebirth": {**rebirth["captions"], "steps": read_json(out / "7-rebirth" / "state.json")["recipe"]["steps"]},
         "times": [{"name": s.name, "title": s.title, "seconds": took[s.name]} for s in steps if s.name in took],
     }
@@ -78,7 +78,7 @@ def exam_seed(out: Path) -> int:
 def machine(steps: Sequence[Step], out: Path) -> dict[str, Any]:
     """What the reproduction was computed on, in the order in which steps used it."""
     names = {step.name for step in steps}
-    devices = dict.fromkeys(record["device"] for record in ended(out) if record["name"] in names)
+    devices = dict.fromkeys(record["device"] for record in records(out) if record["name"] in names)
     return {"device": " and ".join(devices), "torch": version("torch")}
 
 

@@ -240,11 +240,16 @@ def judged_item(item: Item, results: Sequence[Judgement | str]) -> Item:
 
 
 def scores(items: Sequence[Item], as_published: bool = False) -> Scores:
-    """The scores of judged items: those of the median run, with confidence intervals over files."""
+    """The scores of judged items: those of the median run, with confidence intervals over files. Raises `KokaneeError`
+    where nothing was judged, and what was not is left out."""
     runs = len(items[0].judgements) if items else 0
     by_run = [[counts_of(item, run, as_published) for item in items] for run in range(runs)]
     rated = [rates(counts) for counts in by_run]
-    middle = median_run(rated) if rated else 0
+    some = [run for run in range(runs) if not as_published or any(item.judgements[run] for item in items)]
+    if runs and not some:
+        why = Counter(failure for item in items for failure in item.failures).most_common(1)[0][0]
+        raise KokaneeError(f"No caption was judged, and as published such captions are left out. Most often: {why}")
+    middle = some[median_run([rated[run] for run in some])] if runs else 0
     by_file: dict[str, Counts] = {}
     for item, counts in zip(items, by_run[middle] if by_run else [], strict=True):
         by_file[item.truth.file] = by_file.get(item.truth.file, Counts(0, 0, 0, 0)) + counts
