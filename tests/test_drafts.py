@@ -107,10 +107,10 @@ def test_too_many_captions_without_a_verdict_stop_the_run_and_are_asked_for_agai
 
 
 def test_a_caption_that_was_not_judged_is_no_candidate():
-    draft = {"captions": ["One.", "Two."]}
+    draft = {"captions": ["One.", "Two."], "finished": [True, False]}
     counts = {"missed": 1, "incorrect": 0, "hallucinated": 2, "n_events": 4}
     found = candidates(draft, {"counts": [None, counts], "repetition": [0.0, 0.25]})
-    assert found == [Candidate("Two.", Counts(1, 0, 2, 4), 0.25)]
+    assert found == [Candidate("Two.", Counts(1, 0, 2, 4), 0.25, finished=False)]
 
 
 def test_figures_are_of_all_events_together():
