@@ -37,7 +37,7 @@ WINDOW = 16  # batches that are made together, so that clips of like length can 
 class Lesson:
     """What is learnt about one clip: pairs of a better and a worse caption of the model's, the caption of somebody who
     saw the clip (None: nobody's), answers to other questions. cut_off: which of these texts did not come to their end,
-    so that nothing is learnt of it."""
+    so that no end of them is learnt."""
 
     number: int
     name: str
