@@ -97,6 +97,16 @@ def test_two_runs_are_held_against_each_other(asked, tiny_checkpoint, monkeypatc
     assert rows(same)["overall"][1:] == ["+0.0", "-70.8 to +70.8"]  # of three videos none differs
 
 
+def test_what_is_not_as_one_may_think_is_said(asked, tiny_checkpoint):
+    told = kk(asked / "choices.json", "-m", tiny_checkpoint, "-o", asked / "out").stderr
+    assert "1 video with something unusual (such as silent.mp4: no sound track)" in told and "times" not in told
+    choices = json.loads((asked / "choices.json").read_text())
+    write_json(asked / "parts.json", [{**choices[0], "start": 0, "end": 1}, *choices[1:]])
+    told = kk(asked / "parts.json", "-m", tiny_checkpoint, "--by", "text", "--beside", asked / "out").stderr
+    assert "1 question with times (start, end) that are not used" in told
+    assert f"{asked / 'out'} was asked by letter, which is not compared like with like" in told
+
+
 def test_a_run_of_other_questions_is_no_run_to_hold_against(asked, tiny_checkpoint):
     other = {"video": "first.mp4", "question": "Who sings?", "options": ["a dog", "a cat"], "answer": "A"}
     write_json(asked / "other.json", [other])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kokanee import console
-from kokanee.console import bar, counted
+from kokanee.console import bar, counted, key_value
 
 
 def test_without_a_terminal_the_end_of_each_piece_of_work_is_a_line(capsys):
@@ -25,6 +25,11 @@ def test_long_work_is_told_of_meanwhile_and_hidden_work_never(capsys, monkeypatc
         with bar(hidden=hidden) as progress:
             progress.update(progress.add_task("clips"), completed=5)
     assert capsys.readouterr().err == "clips: 5\n"
+
+
+def test_values_are_yaml_and_powers_of_ten_numbers():
+    for text, value in (("4e-3", 0.004), ("-1E5", -1e5), ("0.0040", 0.004), ("1e", "1e"), ("e3", "e3"), ("[1]", [1])):
+        assert key_value(f"a.b={text}") == ("a.b", value)
 
 
 def test_one_is_no_plural():

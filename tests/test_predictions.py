@@ -24,6 +24,14 @@ def record(name: str, *captions, **settings):
     )
 
 
+def test_half_a_plain_line_at_the_end_is_named(tmp_path):
+    """It may be a caption; of a run's own records it is one that was killed."""
+    line = '{"file": "0.mp4", "caption": "A dog."}'
+    (tmp_path / "a.jsonl").write_text(f"{line}\n{line[:-1]}", encoding="utf-8-sig")
+    with pytest.raises(KokaneeError, match=r"a\.jsonl, line 2 is not JSON"):
+        read_predictions(tmp_path / "a.jsonl")
+
+
 def test_records_and_the_published_format_say_the_same(tmp_path):
     append_jsonl(tmp_path / "a.jsonl", [record("0.mp4", caption("A dog.")), record("1.mp4", caption("A cat."))])
     published = [{"id": ["0.mp4"], "pred": "A dog."}, {"id": "1.mp4", "pred": "A cat."}]

@@ -71,6 +71,14 @@ def test_a_run_that_is_done_computes_nothing_and_says_the_same(examinee, videos,
     assert {path.name: path.read_text() for path in (videos / "out").iterdir()} == before
 
 
+def test_what_is_unusual_about_a_video_is_kept(examinee, videos):
+    for _ in range(2):
+        found = begin(examinee, videos, videos / "out")
+        assert [one.notes for one in found] == [(), (), ("no sound track",)]
+    records = read_jsonl(videos / "out" / "answers.jsonl")
+    assert [record.get("notes") for record in records] == [None, None, ["no sound track"]]
+
+
 def test_records_hold_what_is_needed_to_mark_again(examinee, videos):
     begin(examinee, videos, videos / "out")
     records = read_jsonl(videos / "out" / "answers.jsonl")

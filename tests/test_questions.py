@@ -9,7 +9,17 @@ import pytest
 
 from kokanee.errors import KokaneeError
 from kokanee.formats import append_jsonl
-from kokanee.questions import Question, by_video, in_words, is_right, lettered, of_world, plain, read_questions
+from kokanee.questions import (
+    Question,
+    by_video,
+    in_words,
+    is_right,
+    lettered,
+    number_with_times,
+    of_world,
+    plain,
+    read_questions,
+)
 from kokanee.world.make import MakeSettings, record
 from kokanee.world.scene import sample_scene
 
@@ -49,6 +59,9 @@ def test_the_worlds_questions_are_read_from_its_folder_or_its_file(tmp_path):
         ["A. a cat", "B. a dog", "C. Bob"],
         ["(A) a cat", "(B) a dog", "(C) Bob"],
         ["A) a cat", "B) a dog", "C) Bob"],
+        ["[A] a cat", "[B] a dog", "[C] Bob"],
+        ["A - a cat", "B - a dog", "C - Bob"],
+        ["A、a cat", "B、a dog", "C、Bob"],
         {"A": "a cat", "B": "a dog", "C": "Bob"},
         {"c": "Bob", "a": "a cat", "b": "a dog"},
     ],
@@ -102,6 +115,34 @@ def test_a_text_of_digits_is_an_options_text_where_it_is_one(tmp_path):
     assert found.answer == "4"
 
 
+@pytest.mark.parametrize("answer", [2, "2", "2. a dog", "B"])
+def test_options_that_are_numbered_from_1_are_called_by_these_numbers(tmp_path, answer):
+    options = ["1. a cat", "2. a dog", "3. Bob"]
+    (found,) = read_questions(written(tmp_path / "q.json", [entry(options=options, answer=answer)]))
+    assert found.answer == "2. a dog"
+
+
+def test_letters_in_options_do_not_matter_where_the_answer_is_a_text(tmp_path):
+    options = ["E. coli", "C. elegans"]
+    (found,) = read_questions(written(tmp_path / "q.json", [entry(options=options, answer="C. elegans")]))
+    assert found.options == tuple(options) and found.answer == "C. elegans"
+
+
+def test_times_of_questions_are_counted(tmp_path):
+    path = written(tmp_path / "q.json", [entry(), {**entry(), "start_s": 0}, {**entry(), "End time": 4.5}])
+    assert number_with_times(path) == 2 and len(read_questions(path)) == 3
+
+
+def test_a_file_from_windows_may_begin_with_a_mark_and_a_half_line_is_named(tmp_path):
+    line = json.dumps(entry())
+    for name, text in (("q.json", f"[{line}]"), ("q.jsonl", f"{line}\n")):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert len(read_questions(tmp_path / name)) == 1
+    (tmp_path / "q.jsonl").write_text(f"{line}\n{line[:-1]}")
+    with pytest.raises(KokaneeError, match=r"q\.jsonl, line 2 is not JSON"):
+        read_questions(tmp_path / "q.jsonl")
+
+
 @pytest.mark.parametrize(
     ("one", "problem"),
     [
@@ -116,6 +157,9 @@ def test_a_text_of_digits_is_an_options_text_where_it_is_one(tmp_path):
         (entry(options=["2", "1", "0"], answer=2), "may be '2' or '0'"),
         (entry(options=["B", "A"], answer="A"), "may be 'B' or 'A'"),
         (entry(options=["a dog", "A dog."], answer="a dog"), "may be 'a dog' or 'A dog.'"),
+        (entry(options=["B. a cat", "A. a dog"], answer="A"), "in the order of their letters"),
+        (entry(options=["A. a cat", "C. a dog", "B. Bob"], answer="(B)"), "in the order of their letters"),
+        (entry(options=["1. a cat", "2. a dog"], answer=0), "'0' is none of its options"),
         (entry(options=["a dog"]), "two or more texts"),
         (entry(options=["a dog", None]), "two or more texts"),
         (entry(options="a dog, a cat"), "two or more texts"),
@@ -194,6 +238,14 @@ def test_names_without_an_ending_are_of_the_one_file_so_called(tmp_path):
         by_video([Question("two", "What?", "x")], tmp_path)
     with pytest.raises(KokaneeError, match=r"None of the 1 videos is there \(such as none, looked for in"):
         by_video(questions[-1:], tmp_path)
+
+
+def test_a_file_by_several_names_and_links_is_one_video(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "b.mp4").symlink_to("a.mp4")
+    names = ["a", "b.mp4", "./a.mp4", f"../{tmp_path.name}/a.mp4", str(tmp_path / "a.mp4")]
+    (found,) = by_video([Question(name, "What?", "x") for name in names], tmp_path)
+    assert (found.file, found.path, len(found.questions)) == ("a", tmp_path / "a.mp4", 5)
 
 
 def test_options_that_are_learnt_have_letters():

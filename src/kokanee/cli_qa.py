@@ -23,7 +23,7 @@ from kokanee.cli_caption import (
 )
 from kokanee.console import bar, counted, key_value, say
 from kokanee.errors import KokaneeError
-from kokanee.formats import check_writable
+from kokanee.formats import check_writable, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -94,7 +94,7 @@ def qa(
     replaced = dict(key_value(item) for item in set_ or [])
     if out is not None:
         check_writable(out / "scores.json")
-    from kokanee.questions import LETTERS, by_video, number_of, of_world, read_questions
+    from kokanee.questions import LETTERS, by_video, number_of, number_with_times, of_world, read_questions
 
     asked = read_questions(questions)
     if letters := sum(not question.options and question.answer in set(LETTERS) for question in asked):
@@ -103,11 +103,16 @@ def qa(
     folder = videos or (questions if questions.is_dir() else questions.parent)
     chosen = by_video(asked, folder)[:limit]
     from kokanee.qa import askable, default_way
-    from kokanee.qa_run import answered_in
+    from kokanee.qa_run import STATE, answered_in
 
     way = default_way(questions, asked) if by is By.auto else by.value
     kept = askable(chosen, way)
     others = {run.as_posix(): answered_in(run, kept) for run in beside or []}
+    for run in beside or []:
+        if (way_there := read_json(run / STATE)["way"]) != way:
+            say(f"{run} was asked by {way_there}, which is not compared like with like")
+    if with_times := number_with_times(questions):
+        say(f"{counted(with_times, 'question')} with times (start, end) that are not used: all are about whole videos")
     if model.startswith(OPENAI):
         captioner = remote_captioner(model, base_url, batch_size, replaced)
     else:
@@ -171,6 +176,10 @@ def tell(answered: Sequence[Answered], without_options: int, others: Mapping[str
         for name, other in others.items():
             lines += ["", *leads(name, beside(answered, other))]
         typer.echo("\n".join(lines))
+    unusual = [one for one in answered if one.notes]
+    if unusual:
+        such = f"such as {unusual[0].video.file}: {'; '.join(unusual[0].notes)}"
+        say(f"{counted(len(unusual), 'video')} with something unusual ({such})")
     if found.unread:
         reasons = list(found.unread.values())
         more = [f"and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else []

@@ -81,7 +81,7 @@ def reproduce(
         return
     minutes = left(settings, out)
     if minutes:
-        say(f"{out}: about {lasting(minutes)} on two cores" if device == "cpu" else f"{out}: on a GPU")
+        say(f"{out}: about {lasting(minutes)} left on two cores" if device == "cpu" else f"{out}: on a GPU")
     with steps_progress() as report:
         anything = work(settings, out, report, beside or ())
     if not anything:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from safetensors import safe_open
@@ -48,10 +49,12 @@ GroundTruthCaption = Literal["annotated", "exact"]
 
 @dataclass(frozen=True)
 class View:
-    """A clip that was watched once: its encoded media and their sizes in a prompt."""
+    """A clip that was watched once: its encoded media and their sizes in a prompt. notes: what was unusual about its
+    file, where it has just been read."""
 
     block: Block
     media: Sample
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -396,9 +399,12 @@ def watch(
     """Read a file, or a part of it, and run the encoders. A still image is read as one, and has no parts."""
     if is_image(path) and (start_s is not None or end_s is not None):
         raise KokaneeError(f"{path} is a still image and has no intervals. Leave start and end out.")
-    medium = read_image(path) if is_image(path) else processor.read(path, start_s, end_s)
+    notes = list[str]()
+    medium = read_image(path, notes) if is_image(path) else processor.read(path, start_s, end_s)
+    notes += () if isinstance(medium, np.ndarray) else medium.notes
     block, tensors = processor.medium(medium)
-    return View(block, model.encode_media(**{name: value.to(model.device) for name, value in tensors.items()}))
+    media = model.encode_media(**{name: value.to(model.device) for name, value in tensors.items()})
+    return View(block, media, tuple(notes))
 
 
 def version_of(path: Path) -> list[int] | None:

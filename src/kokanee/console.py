@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import typer
 
+POWER_OF_TEN = re.compile(r"[+-]?\d+[eE][+-]?\d+")
 BAR_WIDTH = 16  # leaves room for figures where a line has 80 columns
 LINE_EVERY_S = float(os.environ.get("KOKANEE_LINE_EVERY_S", 60.0))
 
@@ -32,9 +34,11 @@ def key_value(item: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise typer.BadParameter(f"{item!r} is not KEY=VALUE", param_hint="--set")
     try:
-        return key.strip(), yaml.safe_load(value)
+        found = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise typer.BadParameter(f"{item!r}: the value is no YAML ({error})", param_hint="--set") from error
+    is_number = isinstance(found, str) and POWER_OF_TEN.fullmatch(found)  # a text to YAML, which wants 4.0e-3
+    return key.strip(), float(found) if is_number else found
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
@@ -154,19 +155,20 @@ def parsed(line: bytes) -> Any:
         return None
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """All lines of a file, without half a line at its end. Raises `KokaneeError` for another line that is no JSON."""
+def read_jsonl(path: str | Path, whole: bool = False) -> list[dict[str, Any]]:
+    """All lines of a file, without half a line at its end. Raises `KokaneeError` for another line that is no JSON;
+    whole: also for the last."""
     path = Path(path)
     if not path.is_file():
         raise KokaneeError(f"{path} is not there. Check the path.")
     records = []
     # str.splitlines would also cut at characters such as U+2028, which JSON texts may hold.
-    lines = path.read_bytes().split(b"\n")
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line.decode(**UTF8)))
         except ValueError as error:
-            if number == len(lines) and (records or not line):
+            if number == len(lines) and ((records and not whole) or not line):
                 break
             raise KokaneeError(f"{path}, line {number} is not JSON ({error}). Mend or remove the line.") from error
     return records

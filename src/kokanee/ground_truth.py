@@ -132,7 +132,7 @@ def read_ground_truth(path: str | Path) -> GroundTruth:
 def read_published(path: Path) -> list[Truth]:
     """The events of the published test set, whose kinds are not known."""
     try:
-        items = json.loads(path.read_text(encoding="utf-8"))
+        items = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise KokaneeError(f"{path} is not JSON ({error}). Mend it, or let JSON lines end in .jsonl.") from error
     try:

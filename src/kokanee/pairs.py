@@ -127,7 +127,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
     if path.suffix != ".json":
         return [of_record(record, f"{path}, line {number}") for number, record in enumerate(read_jsonl(path), 1)]
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise KokaneeError(f"{path} is not JSON ({error}). Give a file of preference pairs.") from error
     if not isinstance(found, list):

@@ -62,10 +62,10 @@ def read_predictions(path: str | Path) -> list[Prediction]:
         if not lines:
             raise KokaneeError(f"{path} holds no captions. Give a file of captions.")
         if lines and isinstance(lines[0], dict) and not ITEM_KEYS.isdisjoint(lines[0]):
-            return [of_item(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+            return [of_item(line, f"{path}, line {n}") for n, line in enumerate(read_jsonl(path, whole=True), 1)]
         return of_records(list(read_records(path).values()))
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise KokaneeError(f"{path} is not JSON ({error}). Give a file of captions.") from error
     if isinstance(found, dict) and "file" in found and ("captions" in found or "error" in found):

@@ -66,11 +66,15 @@ class Marked:
 
 @dataclass(frozen=True)
 class Answered:
-    """A video with its marked questions; with none, and the reason, where it could not be read or asked about."""
+    """A video with its marked questions; with none, and the reason, where it could not be read or asked about.
+
+    notes: what was unusual about its file.
+    """
 
     video: Video
     answers: tuple[Marked, ...]
     error: str = ""
+    notes: tuple[str, ...] = ()
 
     def by_one_name(self) -> list[Marked]:
         """The answers, to questions that all call the file as the video does, whatever names they have for it."""
@@ -187,7 +191,8 @@ class ServedExaminee(Examinee):
             return Answered(video, (), error)
         said = [after_thought(one[0].text) for one in found if isinstance(one, list)]
         marked = (Marked(q, text, is_right(text, q)) for q, text in zip(video.questions, said, strict=True))
-        return Answered(video, tuple(marked))
+        notes = dict.fromkeys(note for one in found if isinstance(one, list) for note in one[0].notes)
+        return Answered(video, tuple(marked), notes=tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -226,8 +231,10 @@ class ModelExaminee(Examinee):
         marked = iter([one for part in parts for one in self.marked(part)])
         found = []
         for video, view in zip(videos, seen, strict=True):
-            error = view if isinstance(view, str) else ""
-            found.append(Answered(video, () if error else tuple(next(marked) for _ in video.questions), error))
+            if isinstance(view, str):
+                found.append(Answered(video, (), view))
+            else:
+                found.append(Answered(video, tuple(next(marked) for _ in video.questions), notes=view.notes))
         return found
 
     def alone(self, video: Video) -> Answered:

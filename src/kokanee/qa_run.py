@@ -122,7 +122,9 @@ def compared(settings: dict[str, Any]) -> dict[str, Any]:
 def record_of(answered: Answered) -> dict[str, Any]:
     """One video in answers.jsonl."""
     video = answered.video
-    made = {"error": answered.error} if answered.error else {"answers": [entry_of(one) for one in answered.answers]}
+    made: dict[str, Any] = {"answers": [entry_of(one) for one in answered.answers]}
+    made |= {"notes": list(answered.notes)} if answered.notes else {}
+    made = {"error": answered.error} if answered.error else made
     return {"version": VERSION, "file": video.file, "version_of_file": version_of(video.path), **made}
 
 
@@ -144,4 +146,5 @@ def kept(video: Video, record: dict[str, Any] | None) -> Answered | None:
     if record is None or "error" in record or record["version_of_file"] != version_of(video.path):
         return None
     rows = zip(video.questions, record["answers"], strict=True)
-    return Answered(video, tuple(Marked(q, a["said"], a["right"], tuple(a.get("log_probs", ()))) for q, a in rows))
+    marked = tuple(Marked(q, a["said"], a["right"], tuple(a.get("log_probs", ()))) for q, a in rows)
+    return Answered(video, marked, notes=tuple(record.get("notes", ())))

@@ -30,7 +30,9 @@ FORM = (
     'It must be like {"file": "0.mp4", "question": "What barks?", "answer": "a dog"}, with "options" if there are any.'
 )
 LETTERED = re.compile(r"\(?([A-Za-z])(?:[.):]+\s*|\s+|$)(.*)", re.DOTALL)
-PREFIXED = re.compile(r"\(?([A-Za-z])[.):]+\s*(.*)", re.DOTALL)
+PREFIXED = re.compile(r"[(\[]?([A-Za-z])(?:[.):\]、]+\s*|\s+[-–]\s+)(.*)", re.DOTALL)
+NUMBERED = re.compile(r"[(\[]?(\d+)(?:[.):\]、]+\s|\s+[-–]\s).*", re.DOTALL)
+TIMES = ("start_s", "end_s", "start", "end", "start_time", "end_time")
 FINAL = ".,;:!? "
 
 
@@ -78,6 +80,11 @@ def read_questions(path: str | Path) -> list[Question]:
     return found
 
 
+def number_with_times(path: str | Path) -> int:
+    """How many entries are about a part of a video, by their times."""
+    return sum(first_of(entry, TIMES) is not None for _, entry in entries(path))
+
+
 def of_world(path: str | Path) -> bool:
     """Whether these are clips of the world."""
     _, first = next(entries(path), ("", {}))
@@ -93,12 +100,12 @@ def entries(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     items: Any
     if path.suffix == ".json":
         try:
-            items = json.loads(path.read_text(encoding="utf-8"))
+            items = json.loads(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise KokaneeError(f"{path} is not JSON ({error}). Give JSON, or let JSON lines end in .jsonl.") from error
         items = [items] if isinstance(items, dict) else items
     else:
-        items = read_jsonl(path)
+        items = read_jsonl(path, whole=path.name != SAMPLES)
     if not isinstance(items, list):
         raise KokaneeError(f"{path} holds no list of questions. {FORM}")
     for number, item in enumerate(items):
@@ -159,20 +166,40 @@ def options_of(found: Any, where: str) -> tuple[str, ...]:
 
 
 def option_meant(answer: Any, options: Sequence[str], where: str) -> str:
-    """The text of the option that a file gives as the right one: by its text, its letter, or its number from 0 on.
+    """The text of the option that a file gives as the right one: by its text, its letter, or its number, which is from
+    0 on, or that before the options.
 
     Raises `KokaneeError` where it is none of them, and where it may be several.
     """
     text = text_of(answer)
     found = meanings(text, options)
     if text.isdecimal() and not (isinstance(answer, str) and found):  # a text of digits is first of all a text
-        found |= set(options[int(text) : int(text) + 1])
+        place = int(text) - first_number(options)
+        found |= set(options[place : place + 1]) if place >= 0 else set()
+    other = [option for option in options if option not in found and is_letter_of(text, option)]
+    if found and other:
+        raise KokaneeError(
+            f"{where}: the answer {text!r} is {found.pop()!r} by its place and {other[0]!r} by the letter before it. "
+            "Put the options in the order of their letters."
+        )
     if not found:
         raise KokaneeError(f"{where}: the answer {text!r} is none of its options. Give an option's text or letter.")
     if len(found) > 1:
         names = " or ".join(repr(option) for option in options if option in found)
         raise KokaneeError(f'{where}: the answer {text!r} may be {names}. Give its letter in brackets, such as "(A)".')
     return found.pop()
+
+
+def first_number(options: Sequence[str]) -> int:
+    """What the options are counted from: 1 where they are numbered so, else 0."""
+    numbers = [int(match[1]) for match in map(NUMBERED.fullmatch, options) if match]
+    return 1 if numbers == list(range(1, len(options) + 1)) else 0
+
+
+def is_letter_of(said: str, option: str) -> bool:
+    """Whether this is a letter alone, and the one before an option's text."""
+    letter, printed = LETTERED.fullmatch(said.strip()), PREFIXED.fullmatch(option)
+    return letter is not None and printed is not None and (letter[1].upper(), letter[2]) == (printed[1].upper(), "")
 
 
 def meanings(said: str, options: Sequence[str]) -> set[str]:
@@ -232,8 +259,11 @@ def by_video(questions: Sequence[Question], folder: Path) -> list[Video]:
     """
     path_of = by_names(folder)
     found: dict[Path, list[Question]] = {}
+    named: dict[Path, Path] = {}
     for question in questions:
-        found.setdefault(path_of(question.file), []).append(question)
+        path = path_of(question.file)
+        first = named.setdefault(path.resolve(), path)  # of a file by several names or links
+        found.setdefault(first, []).append(question)
     if not any(path.is_file() for path in found):
         raise KokaneeError(
             f"None of the {len(found)} videos is there (such as {questions[0].file}, looked for in {folder}). "
