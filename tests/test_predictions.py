@@ -117,3 +117,8 @@ def test_a_name_means_the_file_whose_path_ends_alike():
     assert same("2.mp4") is None and same("10.mp4") is None
     with pytest.raises(KokaneeError, match=r"1\.mp4 may be video/1\.mp4 or old/1\.mp4"):
         same("1.mp4")
+    assert same("0") == same("/data/video/0") == "video/0.mp4" and same("old/1") == "old/1.mp4" and same("2") is None
+    with pytest.raises(KokaneeError, match=r"1 may be video/1\.mp4 or old/1\.mp4"):
+        same("1")
+    both = FileNames(["0", "0.mp4", "notes.txt"]).same
+    assert (both("0"), both("0.mp4"), both("notes")) == ("0", "0.mp4", None)

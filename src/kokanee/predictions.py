@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kokanee.errors import KokaneeError
+from kokanee.files import MEDIA
 from kokanee.formats import read_jsonl
 from kokanee.outputs import read_records
 
@@ -151,16 +152,21 @@ class FileNames:
         for name in dict.fromkeys(names):
             ending = PurePosixPath(name).parts[::-1]
             self._by_last.setdefault(ending[0] if ending else "", []).append((name, ending))
+        self._by_stem: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+        for name, ending in (one for some in self._by_last.values() for one in some):
+            if PurePosixPath(name).suffix.lower() in MEDIA:
+                self._by_stem.setdefault(PurePosixPath(name).stem, []).append((name, ending))
 
     def same(self, name: str) -> str | None:
         """Which of the files a name means: the one that shares most of its path's end, None where none does.
 
-        So "0.mp4", "video/0.mp4" and "/data/video/0.mp4" are the same file where there is only one 0.mp4. Raises
-        `KokaneeError` where several fit equally well.
+        So "0.mp4", "video/0.mp4" and "/data/video/0.mp4" are the same file where there is only one 0.mp4, and "0" is
+        where none is called so. Raises `KokaneeError` where several fit equally well.
         """
         wanted = PurePosixPath(name).parts[::-1]
-        alike = self._by_last.get(wanted[0] if wanted else "", [])
-        shared = [n_common(wanted, ending) for _, ending in alike]
+        last = wanted[0] if wanted else ""
+        alike = self._by_last.get(last) or self._by_stem.get(last, [])
+        shared = [n_common(wanted[1:], ending[1:]) for _, ending in alike]
         fitting = [other for (other, _), count in zip(alike, shared, strict=True) if count == max(shared)]
         if len(fitting) > 1:
             raise KokaneeError(
