@@ -1,4 +1,4 @@
-"""Checkpoints: Kokanee's own folders, the authors' video-SALMONN 2+ folders, hub names, adapters, and fresh bases.
+"""Checkpoints: Kokanee's own folders, the authors' (2+ and 2), hub names, adapters, and fresh bases.
 
 Own folder: config.json, generation_config.json, model.safetensors (or shards with an index), processor.json and the
 tokenizer's files. Everything is loaded strictly: each stored weight is used or named as left out, each weight of the
@@ -29,6 +29,8 @@ from kokanee.errors import KokaneeError
 from kokanee.formats import READABLE, UNFINISHED, read_json
 from kokanee.model import Kokanee, KokaneeConfig
 from kokanee.processor import CONFIG_FILE, Processor
+from kokanee.salmonn2 import Salmonn2Config, config_of
+from kokanee.salmonn2_prompt import PARTS_FILE, Salmonn2Processor, load_processor
 from kokanee.weights import (
     Device,
     check_keys,
@@ -49,8 +51,9 @@ CONFIG = "config.json"
 EMBEDDED = ("nano", "nano-sft")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 DOWNLOADED = ["*.safetensors", "*.json", "*.txt"]
-Layout = Literal["kokanee", "salmonn2plus", "adapter"]
+Layout = Literal["kokanee", "salmonn2plus", "salmonn2", "adapter"]
 Type = torch.dtype | str | None
+OWN_TYPES = (KokaneeConfig.model_type, Salmonn2Config.model_type)
 
 
 def load(
@@ -64,8 +67,9 @@ def load(
 ) -> tuple[Kokanee, Processor]:
     """The model (in evaluation mode) and the processor of a checkpoint.
 
-    `name_or_folder`: "nano" or "nano-sft", a Kokanee folder, a folder in the authors' video-SALMONN 2+ layout, a folder
-    with a LoRA adapter (merged into `base`, or into the base that it names), or the hub's name of any of these.
+    `name_or_folder`: "nano" or "nano-sft", a Kokanee folder, a folder in the authors' layout of video-SALMONN 2+ or of
+    video-SALMONN 2, a folder with a LoRA adapter (merged into `base`, or into the base that it names), or the hub's
+    name of any of these.
     `dtype`: "bfloat16", torch.float32, ...; None keeps the stored type. `device`: one, "auto" to spread the model over
     all accelerators, or a map from beginnings of names to devices. `processor_settings` replace single settings of
     the processor. Raises `KokaneeError` for anything else, saying what was found.
@@ -78,8 +82,8 @@ def load(
             raise KokaneeError(f"{folder} is a whole model, not an adapter, so it needs no base. Leave `base` out.")
         model, processor = load(below, dtype=dtype, device=device, attention=attention, **processor_settings)
         return merge(load_adapter(model, folder)), processor
-    processor = Processor.from_pretrained(folder, **processor_settings)
-    config = KokaneeConfig.from_pretrained(folder) if layout == "kokanee" else theirs(folder)
+    processor = load_processor(folder, layout == "salmonn2", **processor_settings)
+    config = config_of(folder) if layout == "kokanee" else theirs(folder, processor)
     model = load_weights(folder, config, layout, as_type(dtype), device, attention)
     check_tokens(model.config, processor)
     return model, processor
@@ -120,7 +124,7 @@ def identify(folder: Path) -> Layout:
         raise KokaneeError(f"{folder} holds no model: {CONFIG} is missing (found: {listed(names)}). {remedy}")
     config = read_json(folder / CONFIG)
     kind, architectures = config.get("model_type"), config.get("architectures") or []
-    if kind == KokaneeConfig.model_type:
+    if kind in OWN_TYPES:
         if not (folder / CONFIG_FILE).is_file():
             raise KokaneeError(
                 f"{folder} holds a Kokanee model without its {CONFIG_FILE}, so what the model was shown in training is "
@@ -129,11 +133,13 @@ def identify(folder: Path) -> Layout:
         return "kokanee"
     if published.ARCHITECTURE in architectures or (kind == "qwen2_5_vl" and config.get("audio_config")):
         return "salmonn2plus"
+    if set(architectures) & set(published.FIRST_ARCHITECTURES) or kind == "video_salmonn_2":
+        return "salmonn2"
     found = f"{folder} holds a model of type {kind!r}, architectures {architectures}"
-    if set(architectures) & set(published.FIRST_PAPER_ARCHITECTURES) or "mm_vision_tower" in config:
+    if "mm_vision_tower" in config:
         raise KokaneeError(
-            f"{found}: the first video-SALMONN 2, built on LLaVA-OneVision. Kokanee cannot load it yet. "
-            "Use a video-SALMONN 2+ checkpoint, such as tsinghua-ee/video-SALMONN2_plus_7B_full."
+            f"{found}: a LLaVA that cannot hear. Give a video-SALMONN 2 trained from it, such as tsinghua-ee/"
+            "video-SALMONN-2."
         )
     if kind == "qwen2_5_vl":
         raise KokaneeError(
@@ -170,9 +176,20 @@ def base_of(folder: Path, base: str | Path | None = None) -> Path | None:
         ) from error
 
 
-def theirs(folder: Path) -> KokaneeConfig:
-    """The config of a folder in the authors' layout."""
-    return published.kokanee_config(read_json(folder / CONFIG))
+def theirs(folder: Path, processor: Processor) -> KokaneeConfig:
+    """The config of a folder in one of the authors' layouts. Raises `KokaneeError` for embeddings without room for the
+    tokens that hold the places of media."""
+    stored = read_json(folder / CONFIG)
+    if not isinstance(processor, Salmonn2Processor):
+        return published.kokanee_config(stored)
+    parts = read_json(folder / PARTS_FILE) if (folder / PARTS_FILE).is_file() else {}
+    config = published.salmonn2_config(stored, parts, processor.place_ids)
+    rows, needed = config.text_config.vocab_size, max(processor.place_ids.values()) + 1
+    if needed > rows:
+        raise KokaneeError(
+            f"{folder} has embeddings of {rows} tokens, and media need {needed} with the tokens that hold their places."
+        )
+    return config
 
 
 def as_type(dtype: Type) -> torch.dtype | None:
@@ -208,7 +225,7 @@ def load_weights(
     names = check_keys(
         expected,
         stored,
-        rename=published.our_key if layout == "salmonn2plus" else str,
+        rename=str if layout == "kokanee" else published.our_key,
         dropped=lambda key: key in published.DROPPED or (tied and key == "lm_head.weight"),
         what=str(folder),
     )
@@ -255,9 +272,7 @@ def check_tokens(config: KokaneeConfig, processor: Processor) -> None:
         "the image token": (rules.image_id, config.image_token_id),
         "the video token": (rules.video_id, config.video_token_id),
         "the audio token": (rules.audio_id, config.audio_token_id),
-        "patch_size": (settings.patch_size, config.vision_config.patch_size),
-        "temporal_patch_size": (settings.temporal_patch_size, config.vision_config.temporal_patch_size),
-        "merge_size": (settings.merge_size, config.vision_config.spatial_merge_size),
+        **{name: (getattr(settings, name), size) for name, size in config.patch_sizes.items()},
         "n_mels": (settings.n_mels, config.audio_config.num_mel_bins),
         "audio tokens per chunk": (settings.tokens_per_chunk, config.audio_tokens_per_chunk),
     }
@@ -311,7 +326,7 @@ def is_own(folder: Path) -> bool:
         kind = read_json(folder / CONFIG).get("model_type")
     except KokaneeError:
         return False
-    return kind == KokaneeConfig.model_type and (folder / CONFIG_FILE).is_file()
+    return kind in OWN_TYPES and (folder / CONFIG_FILE).is_file()
 
 
 @contextlib.contextmanager

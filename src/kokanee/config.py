@@ -104,6 +104,7 @@ class KokaneeConfig(PreTrainedConfig):
         "qformer_config": Blip2QFormerConfig,
     }
     keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    part_defaults: ClassVar[dict[str, dict[str, Any]]] = DEFAULTS
 
     text_config: Any = None
     vision_config: Any = None
@@ -125,7 +126,7 @@ class KokaneeConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_misspelt(kwargs, self.__dataclass_fields__)
-        for name, defaults in DEFAULTS.items():
+        for name, defaults in self.part_defaults.items():
             given = getattr(self, name)
             if given is None or isinstance(given, dict):
                 kind = self.sub_configs[name]
@@ -140,6 +141,25 @@ class KokaneeConfig(PreTrainedConfig):
         positions = self.audio_config.max_source_positions
         return tokens_per_chunk(positions, self.window_s, self.stride_s, self.n_queries)
 
+    @property
+    def patch_sizes(self) -> dict[str, int]:
+        """What the processor must know of the visual tower, by the names of its settings."""
+        vision = self.vision_config
+        return {
+            "patch_size": vision.patch_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "merge_size": vision.spatial_merge_size,
+        }
+
+    def check_vision(self) -> None:
+        """Raise `KokaneeError` where the tower does not fit the decoder."""
+        vision, text = self.vision_config, self.text_config
+        if vision.out_hidden_size != text.hidden_size:
+            raise KokaneeError(
+                f"vision_config.out_hidden_size is {vision.out_hidden_size}, but text_config.hidden_size is "
+                f"{text.hidden_size}. Visual tokens have the decoder's width: give both the same number."
+            )
+
 
 def refuse_misspelt(given: Iterable[str], known: Iterable[str]) -> None:
     """Raise `KokaneeError` for a key that looks like a known one; transformers' own extra keys pass."""
@@ -152,12 +172,8 @@ def refuse_misspelt(given: Iterable[str], known: Iterable[str]) -> None:
 
 def check_sizes(config: KokaneeConfig) -> None:
     """Raise `KokaneeError` where two parts do not fit together."""
-    text, vision = config.text_config, config.vision_config
-    if vision.out_hidden_size != text.hidden_size:
-        raise KokaneeError(
-            f"vision_config.out_hidden_size is {vision.out_hidden_size}, but text_config.hidden_size is "
-            f"{text.hidden_size}. Visual tokens have the decoder's width: give both the same number."
-        )
+    text = config.text_config
+    config.check_vision()
     if config.qformer_config.encoder_hidden_size != config.audio_config.d_model:
         raise KokaneeError(
             f"qformer_config.encoder_hidden_size is {config.qformer_config.encoder_hidden_size}, but "

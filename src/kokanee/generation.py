@@ -82,7 +82,7 @@ def steps(
     logits_RV, cache = prefill(model, batch, n_samples)
     held_RV = None
     if decoding.repetition_penalty != 1:
-        held_RV = tokens_held(batch, logits_RV.shape[-1]).repeat_interleave(n_samples, 0)
+        held_RV = tokens_held(batch, logits_RV.shape[-1], model.penalizes_prompts).repeat_interleave(n_samples, 0)
     last_3R1 = batch["position_ids"][:, :, -1:].repeat_interleave(n_samples, 1)
     draw = uniform_numbers(decoding, keys or [""] * len(batch["input_ids"]), n_samples)
     ends, n_rows = end_ids(model), len(logits_RV)
@@ -146,9 +146,9 @@ def one_more(model: Kokanee, tokens_R: torch.Tensor, position_3R1: torch.Tensor,
     return out.logits[:, -1]
 
 
-def tokens_held(batch: dict[str, torch.Tensor], n_tokens: int) -> torch.Tensor:
-    """Which tokens each prompt holds, without its padding: (B, V) of booleans."""
-    ids_BL, mask_BL = batch["input_ids"], batch["attention_mask"]
+def tokens_held(batch: dict[str, torch.Tensor], n_tokens: int, with_prompt: bool = True) -> torch.Tensor:
+    """Which tokens each prompt holds, without its padding: (B, V) of booleans. None, if not `with_prompt`."""
+    ids_BL, mask_BL = batch["input_ids"], batch["attention_mask"] * with_prompt
     return torch.zeros(len(ids_BL), n_tokens, device=ids_BL.device).scatter_add_(1, ids_BL, mask_BL.float()) > 0
 
 

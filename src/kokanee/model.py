@@ -32,7 +32,9 @@ __all__ = ["IGNORED", "Kokanee", "KokaneeConfig"]
 
 MEDIA = ("image", "video", "audio")
 PIXEL_INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "input_features")
+SPREAD_INPUTS = ("audio_segments", "audio_repeats")
 EMBED_INPUTS = ("image_embeds", "video_embeds", "audio_embeds")
+MEDIA_INPUTS = (*PIXEL_INPUTS, *SPREAD_INPUTS, *EMBED_INPUTS)
 
 
 class PatchProjection(nn.Conv3d):
@@ -76,6 +78,9 @@ class Kokanee(PreTrainedModel, GenerationMixin):
     audio: AudioBranch
     language_model: Qwen2_5_VLTextModel
     lm_head: nn.Linear
+    audio_branch: ClassVar[type[AudioBranch]] = AudioBranch
+    penalizes_prompts: ClassVar[bool] = True
+    """Whether a penalty of repetitions counts the words of the prompt, as where this model was published."""
     base_model_prefix = ""
     input_modalities: ClassVar = ["image", "video", "audio", "text"]
     supports_gradient_checkpointing = True
@@ -89,12 +94,8 @@ class Kokanee(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: KokaneeConfig) -> None:
         super().__init__(config)
-        # Its own copy of the config, as the name of its attention means nothing to other models.
-        self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(copy.deepcopy(config.vision_config))
-        if self.visual.config._attn_implementation == "sdpa":
-            self.visual.config._attn_implementation = SEGMENT_ATTENTION
-        self.visual.patch_embed.proj = PatchProjection.like(self.visual.patch_embed.proj)
-        self.audio = AudioBranch(
+        self.visual = self.make_tower(config)
+        self.audio = self.audio_branch(
             config.audio_config,
             config.qformer_config,
             config.text_config.hidden_size,
@@ -105,6 +106,15 @@ class Kokanee(PreTrainedModel, GenerationMixin):
         self.language_model = Qwen2_5_VLTextModel._from_config(config.text_config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def make_tower(self, config: KokaneeConfig) -> Any:
+        """The visual encoder, with fresh weights."""
+        # Its own copy of the config, as the name of its attention means nothing to other models.
+        tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(copy.deepcopy(config.vision_config))
+        if tower.config._attn_implementation == "sdpa":
+            tower.config._attn_implementation = SEGMENT_ATTENTION
+        tower.patch_embed.proj = PatchProjection.like(tower.patch_embed.proj)
+        return tower
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -127,8 +137,15 @@ class Kokanee(PreTrainedModel, GenerationMixin):
         """Patches of one or more images and their grids (images, 3) -> (N, H)."""
         return self.encode_video(pixel_values_PX, image_grid_thw)
 
-    def encode_audio(self, input_features_CMF: torch.Tensor) -> torch.Tensor:
-        """Mel chunks (C, M, F) -> (N, H), N = C * tokens per chunk."""
+    def encode_audio(
+        self,
+        input_features_CMF: torch.Tensor,
+        audio_segments_C: torch.Tensor | None = None,
+        audio_repeats_CT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Mel chunks (C, M, F) -> (N, H), N = C * tokens per chunk. The others belong to `salmonn2.Salmonn2`."""
+        if audio_segments_C is not None or audio_repeats_CT is not None:
+            raise KokaneeError("This model does not spread sound over frames. Prepare it with its own processor.")
         return self.audio(input_features_CMF).flatten(0, 1)
 
     def encode_media(
@@ -138,6 +155,8 @@ class Kokanee(PreTrainedModel, GenerationMixin):
         pixel_values_videos: torch.Tensor | None = None,
         video_grid_thw: torch.Tensor | None = None,
         input_features: torch.Tensor | None = None,
+        audio_segments: torch.Tensor | None = None,
+        audio_repeats: torch.Tensor | None = None,
         image_embeds: torch.Tensor | None = None,
         video_embeds: torch.Tensor | None = None,
         audio_embeds: torch.Tensor | None = None,
@@ -158,7 +177,7 @@ class Kokanee(PreTrainedModel, GenerationMixin):
         if pixel_values_videos is not None:
             video_embeds = self.encode_video(pixel_values_videos, need_grid(video_grid_thw, "video_grid_thw"))
         if input_features is not None:
-            audio_embeds = self.encode_audio(input_features)
+            audio_embeds = self.encode_audio(input_features, audio_segments, audio_repeats)
         found = {"image_embeds": image_embeds, "video_embeds": video_embeds, "audio_embeds": audio_embeds}
         return {name: embeds for name, embeds in found.items() if embeds is not None}
 
@@ -204,6 +223,8 @@ class Kokanee(PreTrainedModel, GenerationMixin):
         pixel_values_videos: torch.Tensor | None = None,
         video_grid_thw: torch.Tensor | None = None,
         input_features: torch.Tensor | None = None,
+        audio_segments: torch.Tensor | None = None,
+        audio_repeats: torch.Tensor | None = None,
         image_embeds: torch.Tensor | None = None,
         video_embeds: torch.Tensor | None = None,
         audio_embeds: torch.Tensor | None = None,
@@ -216,6 +237,8 @@ class Kokanee(PreTrainedModel, GenerationMixin):
             "pixel_values_videos": pixel_values_videos,
             "video_grid_thw": video_grid_thw,
             "input_features": input_features,
+            "audio_segments": audio_segments,
+            "audio_repeats": audio_repeats,
             "image_embeds": image_embeds,
             "video_embeds": video_embeds,
             "audio_embeds": audio_embeds,
@@ -282,7 +305,7 @@ class Kokanee(PreTrainedModel, GenerationMixin):
         prepared = super().prepare_inputs_for_generation  # pyright: ignore[reportAttributeAccessIssue]
         inputs = prepared(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in (*PIXEL_INPUTS, *EMBED_INPUTS):
+            for name in MEDIA_INPUTS:
                 inputs.pop(name, None)
         return inputs
 
@@ -295,7 +318,7 @@ class Kokanee(PreTrainedModel, GenerationMixin):
     ) -> tuple[torch.Tensor | None, dict[str, Any]]:
         """Several answers to a prompt: media are encoded once, and their tokens repeated sample by sample."""
         if expand_size > 1 and input_ids is not None:
-            media = {name: model_kwargs.pop(name, None) for name in (*PIXEL_INPUTS, *EMBED_INPUTS)}
+            media = {name: model_kwargs.pop(name, None) for name in MEDIA_INPUTS}
             encoded = self.encode_media(**media)
             for medium in MEDIA:
                 if f"{medium}_embeds" in encoded:

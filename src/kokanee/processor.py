@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -114,6 +114,8 @@ class ProcessorConfig(BaseModel):
 class Processor:
     """Turns clips and conversations into samples, and samples into batches. `from_pretrained` loads a saved one."""
 
+    config_class: ClassVar[type[ProcessorConfig]] = ProcessorConfig
+
     def __init__(self, tokenizer: PreTrainedTokenizerFast, config: ProcessorConfig | None = None):
         self.tokenizer = tokenizer
         self.config = config = config or ProcessorConfig()
@@ -127,8 +129,12 @@ class Processor:
             units_per_s=config.units_per_s,
             positions=config.positions,
         )
-        self.writer = PromptWriter(
-            TextEncoder(tokenizer),
+        self.writer = self._make_writer()
+
+    def _make_writer(self) -> PromptWriter:
+        config = self.config
+        return PromptWriter(
+            TextEncoder(self.tokenizer),
             self.rules,
             config.system_prompt,
             turn_start_id=self._id(config.turn_start_token),
@@ -157,16 +163,23 @@ class Processor:
         folder = Path(folder)
         if not folder.is_dir():
             raise KokaneeError(f"{folder} is no folder. Give the folder of a checkpoint.")
-        own, published = folder / CONFIG_FILE, folder / "preprocessor_config.json"
-        known = {}
-        if own.is_file():
-            known = read_json(own)
-        elif published.is_file():
-            theirs = read_json(published)
-            names = {"image_mean": "pixel_mean", "image_std": "pixel_std"}
-            keys = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
-            known = {names.get(key, key): theirs[key] for key in keys if key in theirs}
-        return cls(load_tokenizer(folder), ProcessorConfig(**{**known, **settings}))
+        own = folder / CONFIG_FILE
+        known = read_json(own) if own.is_file() else cls.published_settings(folder)
+        return cls(cls.read_tokenizer(folder), cls.config_class(**{**known, **settings}))
+
+    @classmethod
+    def published_settings(cls, folder: Path) -> dict[str, Any]:
+        """The settings that a folder in the authors' layout names."""
+        path = folder / "preprocessor_config.json"
+        theirs = read_json(path) if path.is_file() else {}
+        names = {"image_mean": "pixel_mean", "image_std": "pixel_std"}
+        keys = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
+        return {names.get(key, key): theirs[key] for key in keys if key in theirs}
+
+    @classmethod
+    def read_tokenizer(cls, folder: Path) -> PreTrainedTokenizerFast:
+        """The tokenizer of a folder, with all tokens that the processor needs."""
+        return load_tokenizer(folder)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `processor.json` and the tokenizer's files to `folder`, which is made if needed."""

@@ -71,7 +71,7 @@ class Prompt:
 
 
 @dataclass
-class _Draft:
+class Draft:
     """A prompt in the making: pieces of ids, which of them carry loss, and where each block's placeholders start."""
 
     pieces: list[np.ndarray] = field(default_factory=list)
@@ -117,7 +117,7 @@ class PromptWriter:
         """
         if not turns or turns[0].role != "user":
             raise KokaneeError("A conversation must begin with the user. Put the question first.")
-        draft, waiting = _Draft(), list(blocks)
+        draft, waiting = Draft(), list(blocks)
         draft.add(self.system)
         for turn in _with_slots(turns, blocks):
             if turn.role == "user":
@@ -141,7 +141,7 @@ class PromptWriter:
         """Ids (L,) of an answer's text, the end of its turn and the newline after it."""
         return np.concatenate([self.encode(text), self.turn_end])
 
-    def _add_question(self, draft: _Draft, turn: Turn, waiting: list[Block]) -> None:
+    def _add_question(self, draft: Draft, turn: Turn, waiting: list[Block]) -> None:
         header = "user\n"
         text, start = header + turn.text, 0
         draft.add(self.turn_start)
@@ -159,7 +159,7 @@ class PromptWriter:
             start = len(header) + offset
         draft.add(self.encode(text[start:]), self.turn_end)
 
-    def _finish(self, draft: _Draft) -> Prompt:
+    def _finish(self, draft: Draft) -> Prompt:
         ids_L = np.concatenate(draft.pieces)
         labels_L = np.full_like(ids_L, IGNORED)
         end = 0
@@ -167,8 +167,12 @@ class PromptWriter:
             start, end = end, end + len(piece)
             if trained:
                 labels_L[start:end] = piece
-        positions_3L = position_ids(ids_L, draft.placed, self.rules)
+        positions_3L = self._positions(ids_L, draft.placed)
         return Prompt(ids_L, labels_L, positions_3L, [block for _, block in draft.placed])
+
+    def _positions(self, ids_L: np.ndarray, placed: Sequence[tuple[int, Block]]) -> np.ndarray:
+        """Positions (3, L) of a whole prompt."""
+        return position_ids(ids_L, placed, self.rules)
 
 
 def _with_slots(turns: Sequence[Turn], blocks: Sequence[Block]) -> Sequence[Turn]:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from kokanee.errors import KokaneeError
 from kokanee.formats import read_json
 from kokanee.model import Kokanee, KokaneeConfig
+from kokanee.salmonn2 import model_of
 
 logger = logging.getLogger("kokanee")
 
@@ -90,7 +91,7 @@ def listed(names: list[str]) -> str:
 def empty_model(config: KokaneeConfig) -> Kokanee:
     """A model whose weights take no memory yet; its small computed buffers are real."""
     with init_empty_weights(include_buffers=False):
-        return Kokanee(config)
+        return model_of(config)
 
 
 def check_keys(
@@ -149,7 +150,7 @@ def placed(model: Kokanee, device: Device, dtype: torch.dtype) -> dict[str, str 
     model.tie_weights()
     # What a long clip's activations and cache need cannot be known here, but it is never nothing.
     room = {place: size if place == "cpu" else int(KEPT_FOR_WEIGHTS * size) for place, size in get_max_memory().items()}
-    whole = list(Kokanee._no_split_modules)
+    whole = list(model._no_split_modules)
     places = infer_auto_device_map(model, room, no_split_module_classes=whole, dtype=dtype)
     if "disk" in places.values():
         needed = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
