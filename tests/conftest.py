@@ -133,6 +133,15 @@ def tiny_checkpoint(tiny, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def first_checkpoint(tmp_path_factory) -> Path:
+    """A tiny video-SALMONN 2 of the first paper as a folder."""
+    from kokanee.checkpoints import save
+    from tiny import first_model, first_processor
+
+    return save(first_model(), first_processor(), tmp_path_factory.mktemp("checkpoint") / "first")
+
+
+@pytest.fixture(scope="session")
 def media(tmp_path_factory) -> Path:
     """A folder with first.mp4 (5 s), second.mp4 (3 s), silent.mp4 (2 s), sound.wav (2.5 s) and still.png."""
     from PIL import Image

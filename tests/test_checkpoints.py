@@ -154,7 +154,10 @@ def test_a_processor_of_another_model_is_refused(own):
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"model_type": "llava_qwen", "architectures": ["VideoSALMONN2ForCausalLM"]}, "first video-SALMONN 2"),
+        (
+            {"model_type": "llava", "architectures": ["LlavaQwenForCausalLM"], "mm_vision_tower": "siglip"},
+            "LLaVA that cannot hear",
+        ),
         (
             {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"]},
             "cannot hear.*--whisper",

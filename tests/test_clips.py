@@ -248,7 +248,9 @@ def judged(request: dict[str, Any]) -> str:
     return json.dumps({name: len(lists[listing]) for name, listing in LISTS.items()} | lists)
 
 
-def test_rounds_run_on_files_with_a_language_model_as_judge(tiny_checkpoint, data, tmp_path):
+@pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "first_checkpoint"])
+def test_rounds_run_on_files_with_a_language_model_as_judge(checkpoint, request, data, tmp_path):
+    tiny_checkpoint = request.getfixturevalue(checkpoint)
     found = data("first.mp4", "second.mp4", "silent.mp4", "sound.wav")
     with serving(judged) as (server, url):
         rounds = run(recipe_of(found, tiny_checkpoint, url), tmp_path / "run")

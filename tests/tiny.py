@@ -11,6 +11,8 @@ import torch
 from kokanee.model import Kokanee, KokaneeConfig
 from kokanee.processor import Processor, ProcessorConfig, Sample
 from kokanee.prompt import Turn
+from kokanee.salmonn2 import Salmonn2, Salmonn2Config
+from kokanee.salmonn2_prompt import ZERO_TOKEN, Salmonn2Processor, Salmonn2ProcessorConfig
 from kokanee.tokenizer import build_tokenizer
 
 WIDTH = 64
@@ -26,6 +28,7 @@ SETTINGS: dict[str, Any] = {
     "n_mels": 16,
     "chunk_s": 2,
 }
+FIRST_SETTINGS: dict[str, Any] = {"frame_side": 56, "interval_s": 0.5, "max_frames": 8, "n_mels": 16, "chunk_s": 2}
 
 
 @cache
@@ -78,6 +81,31 @@ def tiny_config(**changes: Any) -> KokaneeConfig:
     }
     sizes |= {f"{kind}_token_id": added[f"<|{kind}_pad|>"] for kind in ("image", "video", "audio")}
     return KokaneeConfig(**{**sizes, **changes})
+
+
+@cache
+def first_processor() -> Salmonn2Processor:
+    """A processor of the first paper's video-SALMONN 2, with chunks of sound of 2 s and frames of 4 x 4 patches."""
+    tokenizer = build_tokenizer(["a dog barks twice .", "what happens ?"], 301)
+    tokenizer.add_tokens([ZERO_TOKEN], special_tokens=True)
+    return Salmonn2Processor(tokenizer, Salmonn2ProcessorConfig(**FIRST_SETTINGS))
+
+
+def first_model(seed: int = 0) -> Salmonn2:
+    """A video-SALMONN 2 in evaluation mode; weights are larger than at the start of training."""
+    processor, sizes = first_processor(), tiny_config().to_dict()
+    known = {name: sizes[name] for name in ("text_config", "audio_config", "qformer_config")}
+    known["text_config"]["vocab_size"] = len(processor.tokenizer)
+    siglip = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {f"{name}_token_id": processor.tokenizer.get_added_vocab()["<|im_end|>"] for name in ("eos", "bos")}
+    torch.manual_seed(seed)
+    ids: dict[str, Any] = {**processor.place_ids, **ends, "pad_token_id": processor.pad_id}
+    model = Salmonn2(Salmonn2Config(vision_config=siglip | {"image_size": 56}, **known, **ids))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1 and "embed" not in name:
+                weight.mul_(4)
+    return model.eval()
 
 
 def tiny_model(seed: int = 0, **changes: Any) -> Kokanee:

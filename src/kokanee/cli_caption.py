@@ -222,9 +222,9 @@ def local_captioner(
 ) -> FileCaptioner:
     """A model that is computed here. Wrong settings are told before it is loaded."""
     from kokanee.captioner import Captioner
-    from kokanee.processor import ProcessorConfig
+    from kokanee.salmonn2_prompt import Salmonn2ProcessorConfig as All  # with the settings of every model
 
-    ProcessorConfig(**{key: value for key, value in settings.items() if key not in ProcessorConfig.model_fields})
+    All(**{key: value for key, value in settings.items() if key not in All.model_fields})
     return Captioner.from_pretrained(model, device=device, dtype=dtype, base=base, **settings)  # pyright: ignore[reportArgumentType]
 
 
