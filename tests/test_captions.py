@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from itertools import pairwise
 
 import pytest
 
-from kokanee.captions import Caption, Decoding, FileCaptioner, Request, groups, intervals
+from kokanee.captions import Caption, Decoding, FileCaptioner, Request, ahead, groups, intervals
 from kokanee.defaults import Defaults
 from kokanee.errors import KokaneeError
 
@@ -35,6 +36,28 @@ class Echo(FileCaptioner):
         if set(self.batches[-1]) & set(self.refused):
             raise KokaneeError(f"no answer to {self.batches[-1]}")
         return [[Caption(part.sample, part.start_s, part.end_s, k) for k in range(n_samples)] for part in prepared]
+
+
+def test_the_next_is_made_while_one_is_used_and_nothing_beyond_it():
+    begun = [threading.Event() for _ in range(5)]
+
+    def work(number):
+        begun[number].set()
+        return number
+
+    found = ahead(range(5), work)
+    for number in range(3):
+        assert next(found) == number and begun[number + 1].wait(60)
+    found.close()
+    assert not begun[4].is_set()
+
+
+def test_what_goes_wrong_ahead_is_raised_in_its_turn():
+    found = ahead([2, 1, 0, 4], lambda number: 8 // number)
+    assert [next(found), next(found)] == [4, 8]
+    with pytest.raises(ZeroDivisionError):
+        next(found)
+    assert list(ahead([], str)) == [] and list(ahead([7], str)) == ["7"]
 
 
 def test_what_one_file_lacks_no_other_misses(media, tmp_path):

@@ -84,7 +84,7 @@ def test_files_are_encoded_as_the_captioner_reads_them_and_once(tiny, data, medi
     assert torch.equal(view.media["video_embeds"], visual)
     assert clips.n_tokens(0) == len(view.media["video_embeds"]) + len(view.media["audio_embeds"])
     assert set(clips.view(1).media) == {"audio_embeds"}
-    monkeypatch.setattr(clips, "watched", lambda number: pytest.fail("encoded twice"))
+    monkeypatch.setattr(clips, "read", lambda number: pytest.fail("encoded twice"))
     clips.readable([0, 1], nothing, (0, 1))
 
 
@@ -122,7 +122,7 @@ def test_a_file_that_was_replaced_is_encoded_again_and_one_that_is_gone_or_kept_
     shutil.copy(media / "silent.mp4", path)
     clips.readable([0], nothing, (0, 1))
     assert clips.n_tokens(0) < first and clips.view(0).block.kind == "video"
-    monkeypatch.setattr(clips, "watched", lambda number: pytest.fail("encoded twice"))
+    monkeypatch.setattr(clips, "read", lambda number: pytest.fail("encoded twice"))
     path.rename(tmp_path / "away.mp4")
     clips.readable([0], nothing, (0, 1))
     keep_view(clips.place(0), clips.view(0), None)
@@ -134,13 +134,13 @@ def test_a_file_that_was_replaced_is_encoded_again_and_one_that_is_gone_or_kept_
 def test_a_run_that_too_many_files_stopped_tries_them_again(tiny_checkpoint, data, tmp_path, monkeypatch):
     found = data("first.mp4", "second.mp4", "silent.mp4", "sound.wav")
 
-    def away(self: FileClips, number: int) -> None:
-        raise KokaneeError("The disk is away.")
+    def away(self: FileClips, number: int) -> tuple[None, KokaneeError]:
+        return None, KokaneeError("The disk is away.")
 
     with serving(judged) as (_, url):
         recipe = recipe_of(found, tiny_checkpoint, url)
         with monkeypatch.context() as patch, pytest.raises(KokaneeError, match=r"2 of 2 files.*The disk is away"):
-            patch.setattr(FileClips, "watched", away)
+            patch.setattr(FileClips, "read", away)
             run(recipe, tmp_path / "run")
         assert len(run(recipe, tmp_path / "run")) == 2
 

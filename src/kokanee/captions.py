@@ -11,6 +11,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, pairwise
@@ -36,6 +37,7 @@ ROUNDING_S = 0.1  # less than this is a matter of where a last frame or packet e
 SEED_BITS = 63
 Medium = Clip | np.ndarray
 Item = TypeVar("Item")
+Given = TypeVar("Given")
 
 
 @dataclass(frozen=True)
@@ -330,10 +332,13 @@ class FileCaptioner(ABC):
     ) -> Iterator[tuple[Request, list[Caption] | KokaneeError]]:
         """Each request with its captions or with why it has none, as they are done; none stops the others.
 
-        `batch_size` are computed together; where that fails, one by one.
+        `batch_size` are computed together; where that fails, one by one. Meanwhile the next are read.
         """
-        for group in groups(requests, batch_size):
-            read = [(request, attempt(partial(self.prepare, request))) for request in group]
+
+        def read_all(group: list[Request]) -> list[tuple[Request, Prepared | KokaneeError]]:
+            return [(request, attempt(partial(self.prepare, request))) for request in group]
+
+        for read in ahead(groups(requests, batch_size), read_all):
             parts = [part for _, part in read if isinstance(part, Prepared)]
             made = attempt(partial(self.answer, parts, decoding, n_samples))
             if isinstance(made, KokaneeError):
@@ -343,6 +348,19 @@ class FileCaptioner(ABC):
             answered = iter(made)
             for request, part in read:
                 yield request, part if isinstance(part, KokaneeError) else next(answered)
+
+
+def ahead(items: Iterable[Given], work: Callable[[Given], Item]) -> Iterator[Item]:
+    """What `work` makes of each item, in order; while one is used, a thread makes the next."""
+    with ThreadPoolExecutor(1) as thread:
+        made: Future[Item] | None = None
+        for item in items:
+            coming = thread.submit(work, item)
+            if made is not None:
+                yield made.result()
+            made = coming
+        if made is not None:
+            yield made.result()
 
 
 def attempt(work: Callable[[], Item]) -> Item | KokaneeError:

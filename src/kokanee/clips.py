@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from kokanee.captions import ahead, attempt
 from kokanee.conversations import block_of, digest
 from kokanee.errors import KokaneeError, memory_said
 from kokanee.events import AtomicEvent
@@ -268,12 +270,12 @@ class FileClips:
         failed = self.failed()
         mine = list(numbers)[share[0] :: share[1]]  # first: what others have written must not change whose turn it is
         missing = [number for number in mine if number not in failed and not self.is_kept(number)]
-        for done, number in enumerate(missing, 1):
-            try:
-                version = version_of(self.known[number].path)  # before: what comes while it is read is another one
-                keep_view(self.place(number), self.watched(number), version)
-            except KokaneeError as error:
-                record = {"clip": number, "file": place(self.known[number].truth), "reason": str(error)}
+        for done, (number, (version, shown)) in enumerate(zip(missing, ahead(missing, self.read), strict=True), 1):
+            view = seen(self.model, shown)
+            if isinstance(view, View):
+                keep_view(self.place(number), view, version)
+            else:
+                record = {"clip": number, "file": place(self.known[number].truth), "reason": str(view)}
                 record["version_of_file"] = version_of(self.known[number].path)
                 append_jsonl(self.store / UNREADABLE.format(share[0]), [record])
             report(done, len(missing))
@@ -300,9 +302,11 @@ class FileClips:
         kept, version = self.place(number), version_of(self.known[number].path)
         return kept.is_file() and (version is None or kept_version(kept) in (version, None))
 
-    def watched(self, number: int) -> View:
+    def read(self, number: int) -> tuple[list[int] | None, Shown | KokaneeError]:
+        """What a clip shows, or why it cannot be read, with the version of its file from before it was read: what comes
+        meanwhile is another one."""
         one = self.known[number]
-        return watch(self.model, self.processor, one.path, one.truth.start_s, one.truth.end_s)
+        return version_of(one.path), shown_of(self.processor, one.path, one.truth.start_s, one.truth.end_s)
 
     def place(self, number: int) -> Path:
         return self.store / f"clip-{number:06d}.safetensors"
@@ -391,20 +395,61 @@ def questions_of(
     return dict(found), others
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What a model is shown of a file: its block, the inputs of the encoders, and what was unusual about the file."""
+
+    block: Block
+    tensors: Sample
+    notes: tuple[str, ...]
+
+
+Part = tuple[Path, float | None, float | None]
+
+
 @memory_said(LESS_SHOWN)
-@torch.no_grad()
-def watch(
-    model: Kokanee, processor: Processor, path: Path, start_s: float | None = None, end_s: float | None = None
-) -> View:
-    """Read a file, or a part of it, and run the encoders. A still image is read as one, and has no parts."""
+def show(processor: Processor, path: Path, start_s: float | None = None, end_s: float | None = None) -> Shown:
+    """Read a file, or a part of it. A still image is read as one, and has no parts."""
     if is_image(path) and (start_s is not None or end_s is not None):
         raise KokaneeError(f"{path} is a still image and has no intervals. Leave start and end out.")
     notes = list[str]()
     medium = read_image(path, notes) if is_image(path) else processor.read(path, start_s, end_s)
     notes += () if isinstance(medium, np.ndarray) else medium.notes
-    block, tensors = processor.medium(medium)
-    media = model.encode_media(**{name: value.to(model.device) for name, value in tensors.items()})
-    return View(block, media, tuple(notes))
+    return Shown(*processor.medium(medium), tuple(notes))
+
+
+def shown_of(
+    processor: Processor, path: Path, start_s: float | None = None, end_s: float | None = None
+) -> Shown | KokaneeError:
+    """The same, or why there is nothing."""
+    return attempt(partial(show, processor, path, start_s, end_s))
+
+
+@memory_said(LESS_SHOWN)
+@torch.no_grad()
+def see(model: Kokanee, shown: Shown) -> View:
+    """Run the encoders."""
+    media = model.encode_media(**{name: value.to(model.device) for name, value in shown.tensors.items()})
+    return View(shown.block, media, shown.notes)
+
+
+def seen(model: Kokanee, shown: Shown | KokaneeError) -> View | KokaneeError:
+    """What the encoders make of what was read, or why there is nothing."""
+    return shown if isinstance(shown, KokaneeError) else attempt(partial(see, model, shown))
+
+
+def watch(
+    model: Kokanee, processor: Processor, path: Path, start_s: float | None = None, end_s: float | None = None
+) -> View:
+    """Read a file, or a part of it, and run the encoders."""
+    return see(model, show(processor, path, start_s, end_s))
+
+
+def views(model: Kokanee, processor: Processor, parts: Iterable[Part]) -> Iterator[View | KokaneeError]:
+    """What the encoders make of files and parts of them, in order, or why there is nothing. While one is encoded or
+    used, the next is read."""
+    for shown in ahead(parts, lambda part: shown_of(processor, *part)):
+        yield seen(model, shown)
 
 
 def version_of(path: Path) -> list[int] | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from kokanee import generation
 from kokanee.captions import Decoding, intervals
-from kokanee.clips import View, open_prompt, watch
+from kokanee.clips import Part, View, open_prompt, views
 from kokanee.errors import KokaneeError
 from kokanee.events import Counts, Rates, interval, rates, repetition_rate, right_interval
 from kokanee.files import SAMPLES
@@ -85,13 +85,13 @@ def exam(
     owners, parts = zip(*parts_of(records, every_s), strict=True) if every_s else ((), ())
     for start in range(0, len(records), batch_size):
         some = records[start : start + batch_size]
-        seen = [watch(model, processor, folder / record["file"]) for record in some]
+        seen = watched(model, processor, [(folder / record["file"], None, None) for record in some])
         keys = [record["file"] for record in some]
         for captions, decoding in zip(told, decodings, strict=True):
             captions += answers(model, processor, [(view, PROMPT) for view in seen], decoding, keys)
         right += answered(model, processor, seen, some)
         mine = [part for part, owner in zip(parts, owners, strict=True) if start <= owner < start + batch_size]
-        cut = [watch(model, processor, folder / part.file, part.start_s, part.end_s) for part in mine]
+        cut = watched(model, processor, [(folder / part.file, part.start_s, part.end_s) for part in mine])
         pieces += answers(model, processor, [(view, PROMPT) for view in cut], Decoding(max_new_tokens=CAPTION_TOKENS))
         if report is not None:
             report(min(start + batch_size, len(records)), len(records))
@@ -103,6 +103,16 @@ def exam(
     if every_s:
         marks.append(mark(f"every {every_s:g} s", [part.facts or () for part in parts], pieces, owners))
     return marks, [annotated, *told, *([pieces] if every_s else [])]
+
+
+def watched(model: Kokanee, processor: Processor, parts: Sequence[Part]) -> list[View]:
+    """What the encoders make of all parts. Raises `KokaneeError` for the first that cannot be read."""
+    found = []
+    for view in views(model, processor, parts):
+        if isinstance(view, KokaneeError):
+            raise view
+        found.append(view)
+    return found
 
 
 def parts_of(records: Sequence[dict[str, Any]], every_s: float) -> list[tuple[int, Truth]]:

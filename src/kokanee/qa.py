@@ -30,7 +30,7 @@ from typing import Any, Literal
 import torch
 
 from kokanee.captions import Caption, Decoding, FileCaptioner, Request
-from kokanee.clips import View, watch
+from kokanee.clips import View, views
 from kokanee.conversations import shared_length
 from kokanee.errors import KokaneeError, TooLittleMemory, memory_said
 from kokanee.events import OTHER, Counts, right_difference, right_interval
@@ -216,23 +216,23 @@ class ModelExaminee(Examinee):
     def each(self, videos: Sequence[Video]) -> Iterator[Answered]:
         """The videos in their order, each watched once and all its questions marked."""
         self.model.eval()
+        watched = views(self.model, self.processor, ((video.path, None, None) for video in videos))
         for group in groups(videos, self.batch_size):
             try:
-                made = self.together(group)
+                made = self.together(group, list(islice(watched, len(group))))
             except TooLittleMemory:
                 made = [self.alone(video) for video in group]
             yield from made
 
-    def together(self, videos: Sequence[Video]) -> list[Answered]:
-        """Some videos, their questions computed together."""
-        seen = [self.watched(video) for video in videos]
+    def together(self, videos: Sequence[Video], seen: Sequence[View | KokaneeError]) -> list[Answered]:
+        """Some videos, as they were seen, their questions computed together."""
         asked = [(view, q) for view, v in zip(seen, videos, strict=True) if isinstance(view, View) for q in v.questions]
         parts = [asked[at : at + self.batch_size] for at in range(0, len(asked), self.batch_size)]
         marked = iter([one for part in parts for one in self.marked(part)])
         found = []
         for video, view in zip(videos, seen, strict=True):
-            if isinstance(view, str):
-                found.append(Answered(video, (), view))
+            if isinstance(view, KokaneeError):
+                found.append(Answered(video, (), str(view)))
             else:
                 found.append(Answered(video, tuple(next(marked) for _ in video.questions), notes=view.notes))
         return found
@@ -240,16 +240,10 @@ class ModelExaminee(Examinee):
     def alone(self, video: Video) -> Answered:
         """A video by itself, question by question; without answers, where the memory does not suffice for that."""
         try:
-            return replace(self, batch_size=1).together([video])[0]
+            seen = list(views(self.model, self.processor, [(video.path, None, None)]))
+            return replace(self, batch_size=1).together([video], seen)[0]
         except TooLittleMemory as error:
             return Answered(video, (), str(error))
-
-    def watched(self, video: Video) -> View | str:
-        """What the encoders make of a video, or why it cannot be read."""
-        try:
-            return watch(self.model, self.processor, video.path)
-        except KokaneeError as error:
-            return str(error)
 
     def marked(self, asked: Sequence[tuple[View, Question]]) -> list[Marked]:
         """One batch of questions, marked."""
