@@ -28,7 +28,7 @@ from kokanee.prefix import branch_attention_in, collate_packed, pack, packed_log
 from kokanee.prompt import IGNORED, published_turns
 from kokanee.published import our_key
 from kokanee.salmonn2 import Salmonn2, segment_positions
-from kokanee.salmonn2_prompt import FramePromptWriter, Salmonn2Processor, audio_repeats
+from kokanee.salmonn2_prompt import FramePromptWriter, Salmonn2Processor, spread_sound
 from kokanee.sampling import Sampling, length_s, sample_indices
 from parity import Measured, gradient_rows, largest, named_grads, table
 
@@ -84,7 +84,7 @@ class Golden(PlusGolden):
             media = {"pixel_values_videos": self.pixels(frames), "video_grid_thw": torch.tensor([grid])}
         assert block is not None
         if mel is not None:
-            media |= {"input_features": mel[:chunks]} | self.processor.spread(block)
+            media |= {"input_features": mel[:chunks]} | self.processor.placed_sound(block)
         writer = self.processor.writer
         assert isinstance(writer, FramePromptWriter)
         writer.time_tokens = case["add_time_token"]
@@ -93,13 +93,19 @@ class Golden(PlusGolden):
 
 
 def input_rows(golden: Golden) -> Iterator[Measured]:
-    """Frames and pixels."""
+    """Frames, mel features and pixels."""
     cases = [case for case in golden.read("frames.json").get("cases", []) if not case["error"]]
     if cases:
         differ = sum(map(frames_differ, cases))
-        yield Measured("frames, pixels", f"frame indices, length ({len(cases)} clips)", differ, 0, "cases")
+        yield Measured("frames, pixels, sound", f"frame indices, length ({len(cases)} clips)", differ, 0, "cases")
+    stored = golden.inputs.get("mel_fp32_first_200_frames.short")
+    if stored is not None:
+        used = golden.read("inputs.json")["clips"]["short"]["samples_used"]
+        waveform = golden.inputs["waveform_int16.short"][:used].numpy().astype(np.float32) / 32768
+        difference = largest(golden.processor.features(waveform)[:, :, : stored.shape[2]], stored)
+        yield Measured("frames, pixels, sound", "log-mel features, short", difference, 1e-4)
     stored = golden.inputs["pixel_values"]
-    yield Measured("frames, pixels", "pixels", largest(golden.pixels(list(range(len(stored)))), stored), 1e-6)
+    yield Measured("frames, pixels, sound", "pixels", largest(golden.pixels(list(range(len(stored)))), stored), 1e-6)
 
 
 def frames_differ(case: dict[str, Any]) -> bool:
@@ -148,7 +154,7 @@ def plain(turns: list[dict[str, str]], answer: str) -> list[Any]:
 
 def sources(n_tokens: int, n_frames: int) -> list[int]:
     """Which audio token stands at each place among the frames of a clip that is long enough for all of them."""
-    repeats = audio_repeats(n_tokens, n_frames, n_tokens)
+    repeats = spread_sound(n_tokens, n_frames, n_tokens).repeats
     return np.repeat(np.arange(n_tokens), repeats).tolist()
 
 
@@ -320,8 +326,12 @@ What is other here, on purpose
 
 - The loss of training is on answers alone. The published code also learns the tokens around the turns of system and
   user; in a preference they cancel. The rows above count what it counts.
+- On files an adapter of the language model is trained. The published scripts also train projection, newline, Q-Former
+  and the layers behind it (the rows of their gradients show that this could be done).
 - The string of a special token in a text is text. A second `<image>` in a turn is refused, and so are images.
 - The reference of a preference is the model as it was, without dropout.
+- A clip in which less than two frames are shown is refused there. Here its sound is heard alone, and a note says so.
+- Sequences are not cut at 32,768 tokens; a note says that the model knows fewer positions.
 """
 
 

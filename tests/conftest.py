@@ -133,12 +133,12 @@ def tiny_checkpoint(tiny, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def first_checkpoint(tmp_path_factory) -> Path:
+def salmonn2_checkpoint(tmp_path_factory) -> Path:
     """A tiny video-SALMONN 2 of the first paper as a folder."""
     from kokanee.checkpoints import save
-    from tiny import first_model, first_processor
+    from tiny import salmonn2_model, salmonn2_processor
 
-    return save(first_model(), first_processor(), tmp_path_factory.mktemp("checkpoint") / "first")
+    return save(salmonn2_model(), salmonn2_processor(), tmp_path_factory.mktemp("checkpoint") / "first")
 
 
 @pytest.fixture(scope="session")

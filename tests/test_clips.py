@@ -248,7 +248,7 @@ def judged(request: dict[str, Any]) -> str:
     return json.dumps({name: len(lists[listing]) for name, listing in LISTS.items()} | lists)
 
 
-@pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "first_checkpoint"])
+@pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "salmonn2_checkpoint"])
 def test_rounds_run_on_files_with_a_language_model_as_judge(checkpoint, request, data, tmp_path):
     tiny_checkpoint = request.getfixturevalue(checkpoint)
     found = data("first.mp4", "second.mp4", "silent.mp4", "sound.wav")

@@ -8,31 +8,31 @@ from safetensors.torch import load_file
 
 from kokanee.errors import KokaneeError
 from kokanee.published import DROPPED, kokanee_config, our_key, rope_parameters, salmonn2_config
-from kokanee.salmonn2 import model_of
+from kokanee.weights import empty_model
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINT = GOLDEN / "salmonn2plus" / "checkpoint"
 CONFIG = json.loads((CHECKPOINT / "config.json").read_text())
 FIRST = GOLDEN / "salmonn2" / "checkpoint"
 FIRST_CONFIG = json.loads((FIRST / "config.json").read_text())
+ARGS = FIRST_CONFIG["model_args"]
 PARTS = json.loads((FIRST / "submodule_configs.json").read_text())
 IDS = {f"{kind}_token_id": 400 + number for number, kind in enumerate(("image", "video", "audio", "zero"))}
 
 
 @pytest.mark.parametrize(
     ("folder", "config", "n_dropped"),
-    [(CHECKPOINT, kokanee_config(CONFIG), 1), (FIRST, salmonn2_config(FIRST_CONFIG, PARTS, IDS), 3)],
+    [(CHECKPOINT, kokanee_config(CONFIG), 1), (FIRST, salmonn2_config(FIRST_CONFIG, ARGS, PARTS, IDS), 3)],
 )
 def test_every_published_weight_has_one_place_and_every_place_one_weight(folder, config, n_dropped):
     shapes = {key: tuple(value.shape) for key, value in load_file(folder / "model.safetensors").items()}
     places = {our_key(key): shape for key, shape in shapes.items() if key not in DROPPED}
     assert len(places) == len(shapes) - n_dropped
-    assert places == {key: tuple(value.shape) for key, value in model_of(config).state_dict().items()}
+    assert places == {key: tuple(value.shape) for key, value in empty_model(config).state_dict().items()}
 
 
 def test_what_the_first_papers_config_leaves_out_has_the_published_size():
-    stored = {name: value for name, value in FIRST_CONFIG.items() if name.startswith("mm_") or name == "model_args"}
-    config = salmonn2_config(stored, {}, {})
+    config = salmonn2_config({"mm_spatial_pool_mode": "bilinear"}, ARGS, {}, {})  # the top level is of its base
     siglip, qformer = config.vision_config, config.qformer_config
     assert (siglip.hidden_size, siglip.num_hidden_layers, siglip.image_size) == (1152, 26, 384)
     assert (config.text_config.hidden_size, config.audio_config.d_model) == (3584, 1280)
@@ -40,12 +40,17 @@ def test_what_the_first_papers_config_leaves_out_has_the_published_size():
 
 
 @pytest.mark.parametrize(
-    "changed", [{"mm_spatial_pool_mode": "average"}, {"use_final_linear": False}, {"mm_newline_position": "frame"}]
+    "changed",
+    [
+        {"mm_spatial_pool_mode": "average"},
+        {"mm_pooling_position": "before"},
+        {"use_final_linear": False},
+        {"mm_newline_position": "frame"},
+    ],
 )
 def test_what_the_first_papers_model_is_not_built_with_is_refused(changed):
-    args = FIRST_CONFIG["model_args"] | changed
     with pytest.raises(KokaneeError, match=rf"{next(iter(changed))} = .*cannot build"):
-        salmonn2_config(FIRST_CONFIG | {"model_args": args}, PARTS, IDS)
+        salmonn2_config(FIRST_CONFIG, ARGS | changed, PARTS, IDS)
 
 
 @pytest.mark.parametrize(

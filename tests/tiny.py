@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
     "n_mels": 16,
     "chunk_s": 2,
 }
-FIRST_SETTINGS: dict[str, Any] = {"frame_side": 56, "interval_s": 0.5, "max_frames": 8, "n_mels": 16, "chunk_s": 2}
+SALMONN2_SETTINGS: dict[str, Any] = {"frame_side": 56, "interval_s": 0.5, "max_frames": 8, "n_mels": 16, "chunk_s": 2}
 
 
 @cache
@@ -84,16 +84,16 @@ def tiny_config(**changes: Any) -> KokaneeConfig:
 
 
 @cache
-def first_processor() -> Salmonn2Processor:
+def salmonn2_processor() -> Salmonn2Processor:
     """A processor of the first paper's video-SALMONN 2, with chunks of sound of 2 s and frames of 4 x 4 patches."""
     tokenizer = build_tokenizer(["a dog barks twice .", "what happens ?"], 301)
     tokenizer.add_tokens([ZERO_TOKEN], special_tokens=True)
-    return Salmonn2Processor(tokenizer, Salmonn2ProcessorConfig(**FIRST_SETTINGS))
+    return Salmonn2Processor(tokenizer, Salmonn2ProcessorConfig(**SALMONN2_SETTINGS))
 
 
-def first_model(seed: int = 0) -> Salmonn2:
+def salmonn2_model(seed: int = 0) -> Salmonn2:
     """A video-SALMONN 2 in evaluation mode; weights are larger than at the start of training."""
-    processor, sizes = first_processor(), tiny_config().to_dict()
+    processor, sizes = salmonn2_processor(), tiny_config().to_dict()
     known = {name: sizes[name] for name in ("text_config", "audio_config", "qformer_config")}
     known["text_config"]["vocab_size"] = len(processor.tokenizer)
     siglip = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -90,7 +90,8 @@ class Decoding:
     that together have this probability are drawn from; the published scripts sample with 0.9. seed: of the random
     numbers. max_new_tokens: where an answer is cut off that has not come to its end, 1024 as published.
     repetition_penalty: what the scores of tokens that the prompt or the answer holds already are divided by (multiplied
-    by, below 0), as transformers does (CTRL, arXiv 1909.05858, section 4.1); 1 changes nothing.
+    by, below 0), as transformers does (CTRL, arXiv 1909.05858, section 4.1); 1 changes nothing. With video-SALMONN 2
+    only the answer counts, as published.
     """
 
     temperature: float = 0.0

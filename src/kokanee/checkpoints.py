@@ -29,8 +29,8 @@ from kokanee.errors import KokaneeError
 from kokanee.formats import READABLE, UNFINISHED, read_json
 from kokanee.model import Kokanee, KokaneeConfig
 from kokanee.processor import CONFIG_FILE, Processor
-from kokanee.salmonn2 import Salmonn2Config, config_of
-from kokanee.salmonn2_prompt import PARTS_FILE, Salmonn2Processor, load_processor
+from kokanee.salmonn2 import Salmonn2Config
+from kokanee.salmonn2_prompt import Salmonn2Processor, published_args, published_parts
 from kokanee.weights import (
     Device,
     check_keys,
@@ -82,8 +82,9 @@ def load(
             raise KokaneeError(f"{folder} is a whole model, not an adapter, so it needs no base. Leave `base` out.")
         model, processor = load(below, dtype=dtype, device=device, attention=attention, **processor_settings)
         return merge(load_adapter(model, folder)), processor
-    processor = load_processor(folder, layout == "salmonn2", **processor_settings)
-    config = config_of(folder) if layout == "kokanee" else theirs(folder, processor)
+    kind = Salmonn2Processor if is_salmonn2(folder, layout) else Processor
+    processor = kind.from_pretrained(folder, **processor_settings)
+    config = ours(folder, processor) if layout == "kokanee" else theirs(folder, processor)
     model = load_weights(folder, config, layout, as_type(dtype), device, attention)
     check_tokens(model.config, processor)
     return model, processor
@@ -133,7 +134,7 @@ def identify(folder: Path) -> Layout:
         return "kokanee"
     if published.ARCHITECTURE in architectures or (kind == "qwen2_5_vl" and config.get("audio_config")):
         return "salmonn2plus"
-    if set(architectures) & set(published.FIRST_ARCHITECTURES) or kind == "video_salmonn_2":
+    if published.SALMONN2_ARCHITECTURE in architectures or kind == published.SALMONN2_TYPE:
         return "salmonn2"
     found = f"{folder} holds a model of type {kind!r}, architectures {architectures}"
     if "mm_vision_tower" in config:
@@ -148,7 +149,7 @@ def identify(folder: Path) -> Layout:
         )
     with contextlib.suppress(KokaneeError):
         found += f", weights {listed(sorted(stored_shapes(weight_files(folder))))}"
-    raise KokaneeError(f"{found}. Give a Kokanee folder or a video-SALMONN 2+ checkpoint.")
+    raise KokaneeError(f"{found}. Give a Kokanee folder or a video-SALMONN 2+ or 2 checkpoint.")
 
 
 def is_adapter(folder: Path) -> bool:
@@ -176,18 +177,30 @@ def base_of(folder: Path, base: str | Path | None = None) -> Path | None:
         ) from error
 
 
+def is_salmonn2(folder: Path, layout: Layout) -> bool:
+    """Whether a folder holds a model of the first paper, in the authors' layout or in ours."""
+    return layout == "salmonn2" or read_json(folder / CONFIG).get("model_type") == Salmonn2Config.model_type
+
+
+def ours(folder: Path, processor: Processor) -> KokaneeConfig:
+    """The config of a Kokanee folder."""
+    kind = Salmonn2Config if isinstance(processor, Salmonn2Processor) else KokaneeConfig
+    return kind.from_pretrained(folder)
+
+
 def theirs(folder: Path, processor: Processor) -> KokaneeConfig:
     """The config of a folder in one of the authors' layouts. Raises `KokaneeError` for embeddings without room for the
     tokens that hold the places of media."""
     stored = read_json(folder / CONFIG)
     if not isinstance(processor, Salmonn2Processor):
         return published.kokanee_config(stored)
-    parts = read_json(folder / PARTS_FILE) if (folder / PARTS_FILE).is_file() else {}
-    config = published.salmonn2_config(stored, parts, processor.place_ids)
-    rows, needed = config.text_config.vocab_size, max(processor.place_ids.values()) + 1
+    ids = processor.place_ids | {"pad_token_id": processor.pad_id}
+    config = published.salmonn2_config(stored, published_args(folder), published_parts(folder), ids)
+    rows, needed = config.text_config.vocab_size, max(ids.values()) + 1
     if needed > rows:
         raise KokaneeError(
-            f"{folder} has embeddings of {rows} tokens, and media need {needed} with the tokens that hold their places."
+            f"{folder} has embeddings of {rows} tokens, and {needed} are needed with those that hold the places of "
+            "media. Give the tokenizer that belongs to the checkpoint, or add rows to its embeddings."
         )
     return config
 
@@ -267,11 +280,9 @@ def generation_config(folder: Path, model: Kokanee) -> GenerationConfig:
 
 def check_tokens(config: KokaneeConfig, processor: Processor) -> None:
     """Raise `KokaneeError` where the processor would prepare what the model does not expect."""
-    rules, settings = processor.rules, processor.config
+    settings = processor.config
     pairs = {
-        "the image token": (rules.image_id, config.image_token_id),
-        "the video token": (rules.video_id, config.video_token_id),
-        "the audio token": (rules.audio_id, config.audio_token_id),
+        **{name: (number, getattr(config, name)) for name, number in processor.place_ids.items()},
         **{name: (getattr(settings, name), size) for name, size in config.patch_sizes.items()},
         "n_mels": (settings.n_mels, config.audio_config.num_mel_bins),
         "audio tokens per chunk": (settings.tokens_per_chunk, config.audio_tokens_per_chunk),

@@ -222,9 +222,11 @@ def local_captioner(
 ) -> FileCaptioner:
     """A model that is computed here. Wrong settings are told before it is loaded."""
     from kokanee.captioner import Captioner
-    from kokanee.salmonn2_prompt import Salmonn2ProcessorConfig as All  # with the settings of every model
+    from kokanee.processor import ProcessorConfig
+    from kokanee.salmonn2_prompt import Salmonn2ProcessorConfig
 
-    All(**{key: value for key, value in settings.items() if key not in All.model_fields})
+    known = {**ProcessorConfig.model_fields, **Salmonn2ProcessorConfig.model_fields}
+    Salmonn2ProcessorConfig(**{key: value for key, value in settings.items() if key not in known})
     return Captioner.from_pretrained(model, device=device, dtype=dtype, base=base, **settings)  # pyright: ignore[reportArgumentType]
 
 

@@ -28,7 +28,7 @@ from kokanee.errors import KokaneeError
 from kokanee.formats import differences, refuse_foreign, replaced_file, write_json
 from kokanee.model import Kokanee
 from kokanee.processor import Processor
-from kokanee.salmonn2 import refuse_first
+from kokanee.salmonn2 import refuse_salmonn2
 from kokanee.sampling import RATE_HZ, length_s, sample_indices, step_seconds
 from kokanee.world.render import frames
 from kokanee.world.scene import SLOT_S, VERSION, Scene, Split, sample_scene
@@ -115,7 +115,7 @@ def fill_store(
     `report(done, clips)` is called after each shard. Raises `KokaneeError` where the folder holds the features of other
     encoders or settings, or of more clips.
     """
-    refuse_first(model)
+    refuse_salmonn2(model)
     settings = {**origin(model, split, seed), "clips": clips, "share_cut": share_cut}
     known = folder / STATE
     refuse_foreign(folder, STATE)
@@ -160,7 +160,7 @@ def read_store(folder: Path, model: Kokanee, split: Split, seed: int) -> list[Fe
 
     Raises `KokaneeError` where it is missing, unfinished, of other encoders than the model's, or of other clips.
     """
-    refuse_first(model)
+    refuse_salmonn2(model)
     known = folder / STATE
     if not known.is_file():
         raise KokaneeError(f"{folder} holds no features. Make them first, with `kokanee world features`.")

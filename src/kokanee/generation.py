@@ -147,8 +147,10 @@ def one_more(model: Kokanee, tokens_R: torch.Tensor, position_3R1: torch.Tensor,
 
 
 def tokens_held(batch: dict[str, torch.Tensor], n_tokens: int, with_prompt: bool = True) -> torch.Tensor:
-    """Which tokens each prompt holds, without its padding: (B, V) of booleans. None, if not `with_prompt`."""
-    ids_BL, mask_BL = batch["input_ids"], batch["attention_mask"] * with_prompt
+    """Which tokens each prompt holds, without its padding: (B, V) of booleans; all False if prompts do not count."""
+    ids_BL, mask_BL = batch["input_ids"], batch["attention_mask"]
+    if not with_prompt:
+        return torch.zeros(len(ids_BL), n_tokens, dtype=torch.bool, device=ids_BL.device)
     return torch.zeros(len(ids_BL), n_tokens, device=ids_BL.device).scatter_add_(1, ids_BL, mask_BL.float()) > 0
 
 

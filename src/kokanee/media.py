@@ -341,7 +341,9 @@ def _finish(clip: Clip, picture_s: float, sampling: Sampling) -> Clip:
     neither picture nor sound.
     """
     waveform, duration_s, reach_s, notes = clip.waveform, clip.duration_s, picture_s, list(clip.notes)
-    if waveform is not None and len(waveform) > 0:
+    if sampling.rule == "salmonn2" and clip.frames is not None and waveform is not None and not len(waveform):
+        waveform = fit_waveform(waveform, sampling, duration_s)  # a track that is silent here is a second of zeros
+    elif waveform is not None and len(waveform) > 0:
         fitted = fit_waveform(waveform, sampling, None if clip.frames is None else duration_s)
         sound_s, heard_s = len(waveform) / RATE_HZ, min(len(waveform), len(fitted)) / RATE_HZ
         if clip.frames is None:
@@ -352,7 +354,7 @@ def _finish(clip: Clip, picture_s: float, sampling: Sampling) -> Clip:
             when = "after" if sound_s > duration_s else "before"
             notes.append(f"sound ends {abs(sound_s - duration_s):.1f} s {when} the picture")
         if clip.frames is None or clip.start_s + heard_s - picture_s >= WORTH_A_NOTE_S:
-            reach_s = clip.start_s + heard_s
+            reach_s = clip.start_s + (sound_s if clip.frames is None else heard_s)
         waveform = fitted
     elif clip.frames is None:
         raise KokaneeError(

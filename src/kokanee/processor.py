@@ -89,7 +89,7 @@ class ProcessorConfig(BaseModel):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise KokaneeError(f"Wrong processor settings: {reasons(error, ProcessorConfig)}. Mend them.") from error
+            raise KokaneeError(f"Wrong processor settings: {reasons(error, type(self))}. Mend them.") from error
 
     @model_validator(mode="after")
     def _check(self) -> ProcessorConfig:
@@ -142,6 +142,12 @@ class Processor:
             media_start_id=self._id(config.media_start_token),
             media_end_id=self._id(config.media_end_token),
         )
+
+    @property
+    def place_ids(self) -> dict[str, int]:
+        """The ids that hold the places of media, by their names in the model's config."""
+        rules = self.rules
+        return {"image_token_id": rules.image_id, "video_token_id": rules.video_id, "audio_token_id": rules.audio_id}
 
     def _id(self, name: str) -> int:
         known = self.tokenizer.get_added_vocab()

@@ -87,7 +87,9 @@ class Draft:
 
 
 class PromptWriter:
-    """Writes prompts. `encode` turns plain text into ids; the four ids are of the tokens around turns and media."""
+    """Writes prompts. `encode` turns plain text into ids; the four ids are of the tokens around turns and media
+    (None: media have none around them).
+    """
 
     def __init__(
         self,
@@ -97,15 +99,17 @@ class PromptWriter:
         *,
         turn_start_id: int,
         turn_end_id: int,
-        media_start_id: int,
-        media_end_id: int,
+        media_start_id: int | None = None,
+        media_end_id: int | None = None,
     ):
         self.encode = encode
         self.rules = rules
         self.turn_start = np.array([turn_start_id])
         self.turn_end = np.concatenate([[turn_end_id], encode("\n")])
-        self.media_start = np.array([media_start_id])
-        self.media_end = np.array([media_end_id])
+        self.media_start, self.media_end = (
+            np.empty(0, dtype=np.int64) if number is None else np.array([number])
+            for number in (media_start_id, media_end_id)
+        )
         self.answer_start = np.concatenate([self.turn_start, encode("assistant\n")])
         system = [self.turn_start, encode(f"system\n{system_prompt}"), self.turn_end]
         self.system = np.concatenate(system) if system_prompt else np.empty(0, dtype=np.int64)

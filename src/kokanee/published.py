@@ -16,7 +16,7 @@ from kokanee.errors import KokaneeError
 from kokanee.salmonn2 import SIGLIP, Salmonn2Config
 
 ARCHITECTURE = "video_SALMONN2_plus"
-FIRST_ARCHITECTURES = ("VideoSALMONN2ForCausalLM", "video_SALMONN_2")
+SALMONN2_ARCHITECTURE, SALMONN2_TYPE = "VideoSALMONN2ForCausalLM", "video_salmonn_2"
 
 TOKEN_IDS = (
     "image_token_id",
@@ -113,7 +113,8 @@ def kokanee_config(config: dict[str, Any]) -> KokaneeConfig:
     )
 
 
-FIRST_FIXED = {
+SALMONN2_FIXED = {
+    "mm_pooling_position": "after",
     "mm_projector_type": "mlp2x_gelu",
     "mm_spatial_pool_mode": "max",
     "mm_spatial_pool_stride": 2,
@@ -122,25 +123,26 @@ FIRST_FIXED = {
     "use_final_linear": True,
     "window_level_Qformer": True,
 }
-"""What Kokanee builds of the first paper's settings."""
-FIRST_PARTS = {"siglip_vision": SIGLIP, "whisper_encoder": AUDIO, "speech_qformer": QFORMER}
+"""What Kokanee builds of the settings of video-SALMONN 2."""
+SALMONN2_PARTS = {"siglip_vision": SIGLIP, "whisper_encoder": AUDIO, "speech_qformer": QFORMER}
 
 
-def salmonn2_config(config: dict[str, Any], parts: dict[str, Any], token_ids: dict[str, Any]) -> Salmonn2Config:
-    """The first paper's config.json as a `Salmonn2Config`.
+def salmonn2_config(
+    config: dict[str, Any], settings: dict[str, Any], parts: dict[str, Any], token_ids: dict[str, Any]
+) -> Salmonn2Config:
+    """The config.json of a video-SALMONN 2 as a `Salmonn2Config`.
 
-    `parts` are sizes of encoders other than the published, by the names of `FIRST_PARTS`; SigLIP's layers are counted
-    as its own config does, one more than there are. `token_ids` are those that hold the places of media. Raises
-    `KokaneeError` where the config holds what we do not build.
+    `settings` are its `model_args`. `parts` are sizes of encoders other than the published, by the names of
+    `SALMONN2_PARTS`; SigLIP's layers are counted as its own config does, one more than there are. `token_ids` are those
+    that hold the places of media, and padding. Raises `KokaneeError` where the config holds what we do not build.
     """
-    settings = config | (config.get("model_args") or {})
-    for name, expected in FIRST_FIXED.items():
+    for name, expected in SALMONN2_FIXED.items():
         if settings.get(name, expected) != expected:
             raise KokaneeError(
                 f"The checkpoint has {name} = {settings[name]!r}, where published ones have {expected!r}. "
                 "Kokanee cannot build it."
             )
-    siglip, whisper, qformer = (known(parts.get(name) or {}, sizes) for name, sizes in FIRST_PARTS.items())
+    siglip, whisper, qformer = (known(parts.get(name) or {}, sizes) for name, sizes in SALMONN2_PARTS.items())
     if "num_hidden_layers" in siglip:
         siglip["num_hidden_layers"] -= 1
     heads = config.get("num_attention_heads", TEXT["num_attention_heads"])

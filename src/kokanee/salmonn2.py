@@ -9,13 +9,13 @@ patches, C audio chunks, T audio tokens of a chunk, M mel bins.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import initialization
+from transformers.generation.logits_process import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
@@ -25,11 +25,10 @@ from transformers.models.whisper.configuration_whisper import WhisperConfig
 from kokanee.audio import AudioBranch
 from kokanee.config import DEFAULTS, QFORMER, KokaneeConfig
 from kokanee.errors import KokaneeError
-from kokanee.formats import read_json
 from kokanee.model import Kokanee
+from kokanee.salmonn2_prompt import POOLED
 
 FRAMES_AT_ONCE = 16  # activations of all frames of a clip would be some GB
-POOLED = 2
 SIGLIP = {
     "hidden_size": 1152,
     "intermediate_size": 4304,
@@ -109,7 +108,7 @@ class FrameTower(nn.Module):
         rows = []
         for some in pixels_FCHW.split(FRAMES_AT_ONCE):
             pooled_FRRH = self.pool(self.encoder(some).last_hidden_state)
-            newline_FR1H = self.newline.expand(*pooled_FRRH.shape[:2], 1, -1)
+            newline_FR1H = self.newline.to(pooled_FRRH.device).expand(*pooled_FRRH.shape[:2], 1, -1)
             rows.append(torch.cat([pooled_FRRH, newline_FR1H], dim=2).flatten(0, 2))
         return torch.cat(rows)
 
@@ -183,6 +182,18 @@ class Salmonn2(Kokanee):
             return tokens_NH
         return tokens_NH.repeat_interleave(audio_repeats_CT.to(tokens_NH.device).flatten(), dim=0)
 
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """See transformers. A penalty of repetitions counts what was generated alone, as where prompts are embeddings:
+        so it is in the published code."""
+        known = kwargs.get("generation_config") or self.generation_config
+        penalty = kwargs.pop("repetition_penalty", None) or known.repetition_penalty or 1.0
+        prompt = kwargs.get("input_ids", inputs)
+        if penalty != 1.0 and prompt is not None:
+            said = RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=prompt.shape[1])
+            kwargs["logits_processor"] = LogitsProcessorList([said, *(kwargs.get("logits_processor") or [])])
+            kwargs["repetition_penalty"] = 1.0
+        return super().generate(inputs, **kwargs)
+
     def embed(self, input_ids_BL: torch.Tensor, **media: torch.Tensor | None) -> torch.Tensor:
         """See `Kokanee.embed`; the places of zeros hold zeros."""
         zero_BL1 = (input_ids_BL == self.config.zero_token_id)[..., None]
@@ -198,21 +209,10 @@ def segment_positions(segments_C: torch.Tensor, width: int) -> torch.Tensor:
     return torch.where(segments_C[:, None] > 0, waves_CH, 0.0)
 
 
-def config_of(folder: Path) -> KokaneeConfig:
-    """The config of a Kokanee folder, of either model."""
-    first_paper = read_json(folder / "config.json").get("model_type") == Salmonn2Config.model_type
-    return (Salmonn2Config if first_paper else KokaneeConfig).from_pretrained(folder)
-
-
-def refuse_first(model: Kokanee) -> None:
+def refuse_salmonn2(model: Kokanee) -> None:
     """Raise `KokaneeError` for a video-SALMONN 2, where features of the world's clips are made or learnt from."""
     if isinstance(model, Salmonn2):
         raise KokaneeError(
-            "The world's recipes are for models that are told the time of their frames, which video-SALMONN 2 is not. "
+            "Kokanee makes features of the world's clips for video-SALMONN 2+ alone, and this is a video-SALMONN 2. "
             "Train it on files: data with videos and captions (docs/own.md)."
         )
-
-
-def model_of(config: KokaneeConfig) -> Kokanee:
-    """The model, with fresh weights, that a config describes."""
-    return Salmonn2(config) if isinstance(config, Salmonn2Config) else Kokanee(config)

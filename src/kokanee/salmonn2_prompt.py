@@ -5,12 +5,13 @@ row with a newline embedding after it. All audio tokens, also those of the silen
 evenly over the frames; where their numbers do not divide, some audio tokens stand twice. In a video without sound each
 frame is followed by its time as text. Positions count on by one.
 
-Tensor axes: L tokens, C chunks of sound, T audio tokens of a chunk.
+Tensor axes: L tokens, N tokens of one block, C chunks of sound, T audio tokens of a chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -26,7 +27,7 @@ from kokanee.formats import read_json
 from kokanee.layout import Block
 from kokanee.media import Clip
 from kokanee.patches import check_frame
-from kokanee.processor import CONFIG_FILE, Medium, Processor, ProcessorConfig, Sample
+from kokanee.processor import Medium, Processor, ProcessorConfig, Sample
 from kokanee.prompt import Draft, PromptWriter, Turn
 from kokanee.tokenizer import TextEncoder, load_tokenizer
 
@@ -36,6 +37,19 @@ PARTS_FILE = "submodule_configs.json"
 FRONT_TOKENS_PER_S = 50  # as published, although windows of half a second give two
 ZERO_TOKEN = "<|zero_pad|>"
 POOLED = 2
+WITHOUT_EFFECT = (
+    "min_frames",
+    "min_pixels",
+    "max_pixels",
+    "min_frame_pixels",
+    "max_frame_pixels",
+    "spread_pixels",
+    "units_per_s",
+    "positions",
+    "media_start_token",
+    "media_end_token",
+)
+"""Settings of video-SALMONN 2+ that this model does not have."""
 
 
 class Salmonn2ProcessorConfig(ProcessorConfig):
@@ -44,24 +58,38 @@ class Salmonn2ProcessorConfig(ProcessorConfig):
     layout: Literal["salmonn2"] = LAYOUT
     rule: Literal["salmonn2plus", "salmonn2"] = Field("salmonn2", description="how frames are picked, see sampling.py")
     interval_s: float = Field(1.0, gt=0, description="seconds between frames")
-    min_frames: int = Field(1, ge=1, description="without effect; the rule needs two frames")
-    max_frames: int = Field(110, ge=1, description="frames taken at most")
+    min_frames: int = 1
+    max_frames: int = Field(110, ge=2, description="frames taken at most")
     temporal_patch_size: int = Field(1, ge=1, le=1, description="frames in a time step")
-    merge_size: int = Field(2, ge=2, le=2, description="patches pooled into a visual token, in each direction")
+    merge_size: int = Field(POOLED, ge=POOLED, le=POOLED, description="patches pooled into a token, in each direction")
     pixel_mean: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="of red, green, blue")
     pixel_std: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="of red, green, blue")
     frame_side: int = Field(384, ge=1, description="pixels, height and width of a frame, whatever its shape was")
     time_tokens: bool = Field(True, description="the time after each frame of a video without sound")
 
     @model_validator(mode="after")
-    def _check_side(self) -> Salmonn2ProcessorConfig:
+    def _check_own(self) -> Salmonn2ProcessorConfig:
         if self.frame_side < POOLED * self.patch_size:
             raise ValueError(f"frame_side {self.frame_side} is less than two patches of {self.patch_size}")
+        fields = type(self).model_fields
+        changed = [name for name in WITHOUT_EFFECT if getattr(self, name) != fields[name].default]
+        if changed:
+            raise ValueError(f"video-SALMONN 2 has no {', '.join(changed)}: frames are frame_side pixels wide and high")
         return self
 
 
-def audio_repeats(n_tokens: int, n_frames: int, duration_s: float) -> np.ndarray:
-    """How often each audio token stands in the prompt of a video: (n_tokens,) int64.
+@dataclass(frozen=True)
+class Spread:
+    """How the audio tokens of a video stand in its prompt. repeats: how often each does, (tokens,) int64. per_frame:
+    how many places follow each frame. behind: how many tokens come after the last frame's."""
+
+    repeats: np.ndarray
+    per_frame: int
+    behind: int
+
+
+def spread_sound(n_tokens: int, n_frames: int, duration_s: float) -> Spread:
+    """Spread `n_tokens` audio tokens over the frames of a clip of `duration_s` seconds.
 
     The first 50 * duration_s tokens (in practice all) are stretched to a multiple of `n_frames` by nearest neighbour,
     whose index is a product in float32; those after them stand once, behind the last frame.
@@ -72,20 +100,30 @@ def audio_repeats(n_tokens: int, n_frames: int, duration_s: float) -> np.ndarray
     if front:
         sources = np.arange(stretched, dtype=np.float32) * np.float32(front / stretched)
         repeats[:front] = np.bincount(np.minimum(sources.astype(np.int64), front - 1), minlength=front)
-    return repeats
+    return Spread(repeats, stretched // n_frames, n_tokens - front)
 
 
-def n_front(n_tokens: int, n_frames: int, duration_s: float) -> int:
-    """How many audio tokens stand among the frames, after stretching: a multiple of `n_frames`."""
-    front = min(n_tokens, round(FRONT_TOKENS_PER_S * duration_s))
-    return front + -front % n_frames
+def spread_of(block: Block) -> Spread:
+    """How the sound of a block stands in its prompt. Raises `KokaneeError` for frames without their time."""
+    if block.grid_thw is None:
+        return Spread(np.ones(block.n_audio_tokens, dtype=np.int64), 0, block.n_audio_tokens)
+    n_frames = block.grid_thw[0]
+    return spread_sound(block.n_audio_tokens, n_frames, n_frames * seconds_of_step(block))
+
+
+def seconds_of_step(block: Block) -> float:
+    """Seconds from a frame to the next. Raises `KokaneeError` where the block does not say."""
+    if block.step_s is None:
+        raise KokaneeError("Frames of video-SALMONN 2 come with their time. Give the block's step_s.")
+    return block.step_s
 
 
 class FramePromptWriter(PromptWriter):
     """Writes the prompts of video-SALMONN 2. Pieces of a turn are encoded each on its own, as published.
 
-    The loss is on the assistant's texts and the end of their turns alone; the published code also puts it on the tokens
-    around the turns of user and system.
+    `zero_id` holds the place of a vector of zeros; `time_tokens`: see `Salmonn2ProcessorConfig`. The loss is on the
+    assistant's texts and the end of their turns alone; the published code also puts it on the tokens around the turns
+    of user and system.
     """
 
     def __init__(self, *arguments: Any, zero_id: int, time_tokens: bool, **ids: int):
@@ -110,20 +148,19 @@ class FramePromptWriter(PromptWriter):
         draft.add(self.encode(text), self.turn_end)
 
     def block_ids(self, block: Block) -> np.ndarray:
-        """The placeholder ids (N,) of a block, and ids of times."""
-        rules = self.rules
+        """The ids (N,) of a block: places of its tokens, and times. Raises `KokaneeError` for frames without time."""
+        spread = spread_of(block)
+        behind = np.full(spread.behind, self.rules.audio_id, dtype=np.int64)
         if block.grid_thw is None:
-            return np.full(block.n_audio_tokens, rules.audio_id, dtype=np.int64)
+            return behind
         n_frames, n_rows, n_columns = block.grid_thw
-        assert block.step_s is not None, "frames come with their time"
-        frame = np.full(n_rows // POOLED * (n_columns // POOLED + 1), rules.video_id, dtype=np.int64)
-        if not block.n_audio_tokens:
-            times = self._times(n_frames, block.step_s) if self.time_tokens else [frame[:0]] * n_frames
-            return np.concatenate([part for time in times for part in (frame, time)])
-        front = n_front(block.n_audio_tokens, n_frames, n_frames * block.step_s)
-        spread = np.concatenate([frame, np.full(front // n_frames, rules.audio_id)])
-        n_audio = int(audio_repeats(block.n_audio_tokens, n_frames, n_frames * block.step_s).sum())
-        return np.concatenate([np.tile(spread, n_frames), np.full(n_audio - front, rules.audio_id)])
+        frame = np.full(n_rows // POOLED * (n_columns // POOLED + 1), self.rules.video_id, dtype=np.int64)
+        if block.n_audio_tokens:
+            frame = np.concatenate([frame, np.full(spread.per_frame, self.rules.audio_id)])
+        if block.n_audio_tokens or not self.time_tokens:
+            return np.concatenate([np.tile(frame, n_frames), behind])
+        times = self._times(n_frames, seconds_of_step(block))
+        return np.concatenate([part for time in times for part in (frame, time)])
 
     def _times(self, n_frames: int, step_s: float) -> list[np.ndarray]:
         """The ids of each frame's time in seconds; shorter ones are filled up with places of zeros, which are seen."""
@@ -145,36 +182,35 @@ class Salmonn2Processor(Processor):
 
     def _make_writer(self) -> PromptWriter:
         config = self.config
-        start = self._id(config.turn_start_token)
         return FramePromptWriter(
             TextEncoder(self.tokenizer),
             self.rules,
             config.system_prompt,
-            turn_start_id=start,
+            turn_start_id=self._id(config.turn_start_token),
             turn_end_id=self._id(config.turn_end_token),
-            media_start_id=start,  # media stand without tokens around them
-            media_end_id=start,
             zero_id=self._id(ZERO_TOKEN),
             time_tokens=config.time_tokens,
         )
 
     @property
     def place_ids(self) -> dict[str, int]:
-        """The ids that hold the places of media, by their names in `Salmonn2Config`."""
-        rules, zero_id = self.rules, self._id(ZERO_TOKEN)
-        ids = {"image": rules.image_id, "video": rules.video_id, "audio": rules.audio_id, "zero": zero_id}
-        return {f"{name}_token_id": number for name, number in ids.items()}
+        return super().place_ids | {"zero_token_id": self._id(ZERO_TOKEN)}
 
     @classmethod
     def published_settings(cls, folder: Path) -> dict[str, Any]:
-        """What the published config says; where it says it twice, `model_args` counts."""
-        stored = read_json(folder / "config.json")
-        stored |= stored.get("model_args") or {}
-        parts = read_json(folder / PARTS_FILE) if (folder / PARTS_FILE).is_file() else {}
+        """The settings that a published folder names. Raises `KokaneeError` for windows that Kokanee does not cut."""
+        settings, parts = published_args(folder), published_parts(folder)
+        window_s, stride_s = settings.get("second_per_window", 0.5), settings.get("second_stride", 0.5)
+        if window_s != stride_s:
+            raise KokaneeError(
+                f"{folder} hears windows of {window_s} s every {stride_s} s. Kokanee prepares windows that follow each "
+                "other, as the published ones do."
+            )
         siglip, whisper = parts.get("siglip_vision") or {}, parts.get("whisper_encoder") or {}
         found = {
-            "time_tokens": stored.get("add_time_token"),
-            "window_s": stored.get("second_stride", 0.5) / stored.get("num_speech_query_token", 1),
+            "time_tokens": settings.get("add_time_token"),
+            "interval_s": 1 / settings.get("fps", 1),
+            "window_s": stride_s / settings.get("num_speech_query_token", 1),
             "frame_side": siglip.get("image_size"),
             "patch_size": siglip.get("patch_size"),
             "n_mels": whisper.get("num_mel_bins"),
@@ -186,8 +222,7 @@ class Salmonn2Processor(Processor):
         """The folder's tokenizer; the published ones have no tokens that hold the places of media, so they get some."""
         tokenizer = load_tokenizer(folder)
         names = cls.config_class()
-        places = (names.image_token, names.video_token, names.audio_token, ZERO_TOKEN)
-        for name in places:
+        for name in (names.image_token, names.video_token, names.audio_token, ZERO_TOKEN):
             if name not in tokenizer.get_added_vocab():
                 token: Any = AddedToken(name, normalized=False, special=True)
                 tokenizer.add_tokens(token)
@@ -207,16 +242,14 @@ class Salmonn2Processor(Processor):
         side = self.config.frame_side
         for frame in frames:
             check_frame(frame)
-        sizes = {frame.shape[:2] for frame in frames}
-        if sizes != {(side, side)}:
+        if {frame.shape[:2] for frame in frames} != {(side, side)}:
             raise KokaneeError(
                 f"This model sees frames of {side} x {side} pixels; these have others. "
                 "Let Processor.read or Processor.make_clip resize them."
             )
         pixels_FCHW = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 255.0
-        mean_C11, std_C11 = (
-            torch.tensor(part)[:, None, None] for part in (self.config.pixel_mean, self.config.pixel_std)
-        )
+        mean_C11 = torch.tensor(self.config.pixel_mean)[:, None, None]
+        std_C11 = torch.tensor(self.config.pixel_std)[:, None, None]
         patches = side // self.config.patch_size
         return (pixels_FCHW - mean_C11) / std_C11, (len(frames), patches, patches)
 
@@ -225,24 +258,32 @@ class Salmonn2Processor(Processor):
             raise KokaneeError("video-SALMONN 2 takes clips alone, no images. Give a video or sound.")
         block, tensors = super().medium(medium)
         if block.grid_thw is not None:
-            block = Block("video", block.grid_thw, medium.duration_s / len(medium.frames or ()), block.n_audio_tokens)
+            block = Block("video", block.grid_thw, medium.duration_s / block.grid_thw[0], block.n_audio_tokens)
         if block.n_audio_tokens:
-            tensors |= self.spread(block)
+            tensors |= self.placed_sound(block)
         return block, tensors
 
-    def spread(self, block: Block) -> Sample:
+    def placed_sound(self, block: Block) -> Sample:
         """`audio_segments` and `audio_repeats` of a block."""
-        n_tokens, per_chunk = block.n_audio_tokens, self.config.tokens_per_chunk
-        repeats = np.ones(n_tokens, dtype=np.int64)
-        if block.grid_thw is not None and block.step_s is not None:
-            repeats = audio_repeats(n_tokens, block.grid_thw[0], block.grid_thw[0] * block.step_s)
-        segments = torch.arange(n_tokens // per_chunk)
-        return {"audio_segments": segments, "audio_repeats": torch.from_numpy(repeats).view(-1, per_chunk)}
+        repeats_CT = torch.from_numpy(spread_of(block).repeats).view(-1, self.config.tokens_per_chunk)
+        return {"audio_segments": torch.arange(len(repeats_CT)), "audio_repeats": repeats_CT}
 
 
-def load_processor(folder: Path, first_paper: bool = False, **settings: Any) -> Processor:
-    """The processor of a folder: as `processor.json` says, or of a published checkpoint, the first paper's or not."""
-    own = folder / CONFIG_FILE
-    if own.is_file():
-        first_paper = read_json(own).get("layout") == LAYOUT
-    return (Salmonn2Processor if first_paper else Processor).from_pretrained(folder, **settings)
+def published_args(folder: Path) -> dict[str, Any]:
+    """What a published config.json says of the model that was trained: its `model_args`. The same names on its top
+    level are those of the model that training began with.
+
+    Raises `KokaneeError` where it does not say anything.
+    """
+    found = read_json(folder / "config.json").get("model_args")
+    if not found:
+        raise KokaneeError(
+            f"{folder}: config.json has no model_args, in which a video-SALMONN 2 keeps how it sees and hears. Add "
+            'those of its training; "model_args": {"add_time_token": true, "fps": 1} stands for the published settings.'
+        )
+    return found
+
+
+def published_parts(folder: Path) -> dict[str, Any]:
+    """Sizes of encoders that are not the published ones."""
+    return read_json(folder / PARTS_FILE) if (folder / PARTS_FILE).is_file() else {}

@@ -56,6 +56,18 @@ class NoPicture(KokaneeError):
         )
 
 
+class TooFewFrames(NoPicture):
+    """One frame alone would be shown, and the model needs two. `note` says so where there is sound to hear."""
+
+    def __init__(self, n_shown: int, n_frames: int, fps: float) -> None:
+        self.note = "too short for this model to see, which needs two frames; it hears the sound alone"
+        KokaneeError.__init__(
+            self,
+            f"Only {n_shown} frame would be shown of {n_frames} at {fps:g} a second, and this model needs two. "
+            "Give a longer clip or interval, or a smaller interval_s.",
+        )
+
+
 def check_interval(start_s: float | None, end_s: float | None) -> None:
     """Raise KokaneeError unless 0 <= start_s < end_s and both are finite (None: the clip's own start or end)."""
     for name, value in (("start_s", start_s), ("end_s", end_s)):
@@ -92,7 +104,7 @@ def sample_indices(
 ) -> list[int]:
     """Frames to show the model: increasing indices into a clip of `n_frames` frames at `fps` frames a second.
 
-    Raises `NoPicture` when the interval holds no frame, and KokaneeError when "salmonn2" would show fewer than two.
+    Raises `NoPicture` when the interval holds no frame, and `TooFewFrames` when "salmonn2" would show fewer than two.
     """
     first, last = frame_span(n_frames, fps, sampling, start_s, end_s)
     if sampling.rule == "salmonn2plus":
@@ -104,10 +116,7 @@ def sample_indices(
     if len(indices) > sampling.max_frames:
         indices = np.linspace(first, last, sampling.max_frames, dtype=int).tolist()
     if len(indices) < 2:
-        raise KokaneeError(
-            f"Only {len(indices)} frame would be shown of {n_frames} at {fps:g} a second, and this model needs two. "
-            "Give a longer clip or interval, or a smaller interval_s."
-        )
+        raise TooFewFrames(len(indices), n_frames, fps)
     return indices
 
 

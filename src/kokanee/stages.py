@@ -23,7 +23,7 @@ from kokanee.launch import is_main
 from kokanee.model import Kokanee, KokaneeConfig
 from kokanee.processor import Processor, ProcessorConfig
 from kokanee.recipes import Recipe, checked, read_yaml
-from kokanee.salmonn2 import refuse_first
+from kokanee.salmonn2 import refuse_salmonn2
 from kokanee.tokenizer import build_tokenizer
 from kokanee.train import STATE, Objective, Report, choose, means, restore, train
 from kokanee.weights import fingerprint
@@ -112,7 +112,7 @@ def gates(
 
 def make_objective(recipe: Recipe, model: Kokanee, processor: Processor) -> Objective:
     """The objective of a recipe's stage. Raises `KokaneeError` where the recipe's `data` is not for this stage."""
-    refuse_first(model)
+    refuse_salmonn2(model)
     if recipe.stage == "conversations":
         return Conversations(model, processor, checked(Mix, recipe.data, "data"), recipe.seed)
     if recipe.data:

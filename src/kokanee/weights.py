@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from kokanee.errors import KokaneeError
 from kokanee.formats import read_json
 from kokanee.model import Kokanee, KokaneeConfig
-from kokanee.salmonn2 import model_of
+from kokanee.salmonn2 import Salmonn2, Salmonn2Config
 
 logger = logging.getLogger("kokanee")
 
@@ -91,7 +91,8 @@ def listed(names: list[str]) -> str:
 def empty_model(config: KokaneeConfig) -> Kokanee:
     """A model whose weights take no memory yet; its small computed buffers are real."""
     with init_empty_weights(include_buffers=False):
-        return model_of(config)
+        kind: type[Kokanee] = Salmonn2 if isinstance(config, Salmonn2Config) else Kokanee
+        return kind(config)
 
 
 def check_keys(
