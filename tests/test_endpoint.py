@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 
 import pytest
@@ -335,7 +336,13 @@ def test_a_proxy_of_the_environment_is_used(served, monkeypatch):
 
 def test_questions_under_way_learn_together_that_a_server_knows_no_schemas(served):
     server, url = served
-    server.delay_s, server.trouble = 0.05, [status(400)] * 8
+    under_way = threading.Barrier(8)
+
+    def refused(server, request):
+        under_way.wait(60)  # until all eight are asked
+        return status(400)(server, request)
+
+    server.trouble = [refused] * 8
     texts = [f"text {number}" for number in range(12)]
     found, asker = ask(endpoint(url, concurrency=8), texts, schema=SCHEMA)
     assert found == [f"you said: {text}" for text in texts] and asker.asked == 20
