@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import initialization
+from transformers import GenerationConfig, initialization
 from transformers.generation.logits_process import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
@@ -182,17 +182,22 @@ class Salmonn2(Kokanee):
             return tokens_NH
         return tokens_NH.repeat_interleave(audio_repeats_CT.to(tokens_NH.device).flatten(), dim=0)
 
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """See transformers. A penalty of repetitions counts what was generated alone, as where prompts are embeddings:
-        so it is in the published code."""
-        known = kwargs.get("generation_config") or self.generation_config
-        penalty = kwargs.pop("repetition_penalty", None) or known.repetition_penalty or 1.0
-        prompt = kwargs.get("input_ids", inputs)
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """See transformers. A penalty of repetitions counts what was generated alone, as in the published code, whose
+        prompts are embeddings."""
+        given = (generation_config or self.generation_config).repetition_penalty
+        penalty, prompt = kwargs.get("repetition_penalty") or given or 1.0, kwargs.get("input_ids", inputs)
         if penalty != 1.0 and prompt is not None:
             said = RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=prompt.shape[1])
-            kwargs["logits_processor"] = LogitsProcessorList([said, *(kwargs.get("logits_processor") or [])])
+            logits_processor = LogitsProcessorList([said, *(logits_processor or [])])
             kwargs["repetition_penalty"] = 1.0
-        return super().generate(inputs, **kwargs)
+        return super().generate(inputs, generation_config, logits_processor, **kwargs)
 
     def embed(self, input_ids_BL: torch.Tensor, **media: torch.Tensor | None) -> torch.Tensor:
         """See `Kokanee.embed`; the places of zeros hold zeros."""
