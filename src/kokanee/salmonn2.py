@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import GenerationConfig, initialization
+from transformers import initialization
 from transformers.generation.logits_process import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
@@ -185,8 +185,8 @@ class Salmonn2(Kokanee):
     def generate(
         self,
         inputs: torch.Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        logits_processor: LogitsProcessorList | None = None,
+        generation_config: Any = None,
+        logits_processor: Any = None,
         **kwargs: Any,
     ) -> Any:
         """See transformers. A penalty of repetitions counts what was generated alone, as in the published code, whose
