@@ -11,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from kokanee.checkpoints import load
 from kokanee.clips import FileClips, FileData, WorldClips, WorldData, keep_view, open_prompt, read_view, watch
 from kokanee.errors import KokaneeError
 from kokanee.formats import read_jsonl
@@ -20,7 +21,7 @@ from kokanee.protocol import LISTS
 from kokanee.rebirth import RebirthRecipe, run_rebirth
 from kokanee.world.language import parse
 from model_server import serving
-from mrdpo_runs import SMALL, quiet, run
+from mrdpo_runs import SMALL, quiet, run, small_recipe
 
 
 def told(files: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -262,6 +263,23 @@ def test_rounds_run_on_files_with_a_language_model_as_judge(checkpoint, request,
         f"clip-{number:06d}.safetensors" for number in range(4)
     }
     assert read_view(tmp_path / "run" / "media" / "train" / "clip-000000.safetensors").block.kind == "video"
+
+
+def test_a_recipe_may_show_less_of_files_and_the_model_that_it_leaves_is_shown_as_much(
+    tiny_checkpoint, tiny_stores, data, tmp_path
+):
+    found = data("first.mp4", "second.mp4", "silent.mp4", "sound.wav")
+    with serving(judged) as (_, url):
+        recipe = recipe_of(found, tiny_checkpoint, url).model_copy(update={"processor": {"max_frames": 4}})
+        run(recipe, tmp_path / "run")
+        for changed, told in (({}, "processor.max_frames"), ({"frames": 4}, "unknown setting 'frames'")):
+            with pytest.raises(KokaneeError, match=told):
+                run(recipe.model_copy(update={"processor": changed}), tmp_path / "run")
+    grid_thw = read_view(tmp_path / "run" / "media" / "train" / "clip-000000.safetensors").block.grid_thw
+    assert grid_thw is not None and grid_thw[0] == 2
+    assert load(tmp_path / "run" / "model")[1].config.max_frames == 4
+    with pytest.raises(KokaneeError, match="features of the world's clips were made with"):
+        run(small_recipe(tiny_checkpoint, tiny_stores, processor={"max_frames": 4}), tmp_path / "world")
 
 
 def test_media_are_given_up_after_their_round_where_that_is_asked_for(tiny_checkpoint, data, tmp_path):

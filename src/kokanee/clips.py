@@ -45,7 +45,10 @@ from kokanee.world.scene import Split, sample_scene
 
 HEARD_TOGETHER = 64  # clips of the world
 UNREADABLE = "unreadable-{}.jsonl"
-LESS_SHOWN = "Show less of a file: fewer frames (max_frames), smaller ones (max_frame_pixels), or a shorter part of it."
+LESS_SHOWN = (
+    "Show less of a file: fewer frames (max_frames; in a recipe processor: {max_frames: 64}), smaller ones "
+    "(max_frame_pixels), or a shorter part of it."
+)
 GroundTruthCaption = Literal["annotated", "exact"]
 
 

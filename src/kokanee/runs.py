@@ -88,10 +88,15 @@ def team_of(recipe: Tuning) -> Team:
 def model_of(
     recipe: Tuning, name: str, sources: Sequence[Source | None], device: torch.device
 ) -> tuple[Kokanee, Processor]:
-    """A model of the run, to read clips of these kinds."""
+    """A model of the run, to read clips of these kinds. Raises `KokaneeError` where the recipe replaces settings of the
+    processor and clips are features, which were made with others."""
     # Features of the world are known by the weights that made them, which are those in float32.
     precise = any(isinstance(data, WorldData) for data in sources)
-    return load(name, dtype="float32" if precise else recipe.dtype, device=device)
+    if precise and recipe.processor:
+        raise KokaneeError(
+            "processor: features of the world's clips were made with the model's own settings. Leave processor out."
+        )
+    return load(name, dtype="float32" if precise else recipe.dtype, device=device, **recipe.processor)
 
 
 def defaults_of(recipe: Tuning, train: Source) -> Defaults:

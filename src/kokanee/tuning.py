@@ -66,6 +66,9 @@ class Tuning(Training):
     model: str = Field(description="folder or hub name of the model that is trained, that of supervised fine-tuning")
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
+    processor: dict[str, Any] = Field(
+        default_factory=dict, description="settings of the processor to replace, such as max_frames; for clips in files"
+    )
     max_new_tokens: int = Field(1024, ge=1)
     caption_batch: int = Field(8, ge=1, description="clips captioned together")
     judge: str = Field("exact", description="exact (clips of the world), or openai:MODEL")
