@@ -348,6 +348,17 @@ def test_questions_under_way_learn_together_that_a_server_knows_no_schemas(serve
     assert found == [f"you said: {text}" for text in texts] and asker.asked == 20
 
 
+def test_a_server_that_gives_no_answers_is_told_while_it_is_waited_for(served, caplog):
+    server, url = served
+    server.trouble = [status(503, message="overloaded")]
+    ask(endpoint(url), ["a"])
+    assert not caplog.messages
+    server.trouble = [status(503, message="overloaded")] * 20
+    ask(endpoint(url, concurrency=4), ["b", "c", "d", "e"])
+    (told,) = caplog.messages
+    assert "gives no answer (status 503: overloaded 503); it is asked again" in told
+
+
 def test_one_question_that_a_server_does_not_take_stops_no_other(served):
     server, url = served
     server.trouble = [status(400, message="too long")]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import random
 import socket
@@ -29,7 +30,10 @@ from kokanee.errors import KokaneeError
 from kokanee.formats import whole_text
 from kokanee.replies import Replies, Reply
 
+logger = logging.getLogger("kokanee")
 LONGEST_WAIT_S = 60.0
+TOLD_EVERY_S = 30.0
+TOLD_AFTER = 2  # failures of one question; one alone is everyday
 CONNECT_S = 10.0
 FEWEST_FAILURES = 8
 NOT_SPOKEN = 3  # replies without JSON, where there was none with it, that show that the server is another kind
@@ -148,7 +152,7 @@ class Asker:
         self.asked = self._under_way = 0
         self.schemas, self.limit = True, "max_tokens"
         self._reached = self._spoken = False  # the server, and it, in JSON
-        self._next_s = 0.0
+        self._next_s = self._told_s = 0.0
         self._waiting: dict[str, asyncio.Future[Reply]] = {}
         self._session: aiohttp.ClientSession | None = None
 
@@ -220,6 +224,7 @@ class Asker:
         without, nobody, failures = False, False, 0  # without: a schema, for this question
         while failures < end.attempts:
             if failures:
+                self._tell(failures, reason)
                 await asyncio.sleep(max(pause_s, wait_s * random.uniform(0.5, 1.0)))
                 wait_s, pause_s = min(2 * wait_s, LONGEST_WAIT_S), 0.0
             await self.turn()
@@ -273,6 +278,12 @@ class Asker:
         if nobody:
             raise Unreachable(unreached(end.server, reason))
         raise Unanswered(f"{end.model} at {end.server} gave no answer in {end.attempts} attempts (last: {reason}).")
+
+    def _tell(self, failures: int, reason: str) -> None:
+        """Say, now and then, that answers fail to come, while they are waited for."""
+        if failures >= TOLD_AFTER and time.monotonic() >= self._told_s:
+            self._told_s = time.monotonic() + TOLD_EVERY_S
+            logger.warning("%s gives no answer (%s); it is asked again", self.endpoint.server, reason)
 
     async def reach(self) -> None:
         """Raise `Stop` where nobody listens at the server's address, before anything is asked."""
