@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -348,15 +348,23 @@ Notes
 """
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    here = Path(__file__).parents[1]
-    arguments.add_argument("--golden", type=Path, default=here / "tests" / "golden" / "salmonn2plus")
+def compare(
+    description: str,
+    model: str,
+    docs: str,
+    groups: Iterable[str],
+    measure: Callable[[Path, str, str], list[Measured]],
+    page: Callable[[list[Measured], str], str],
+) -> None:
+    """The command of a comparison: measure all groups, print the table, and write `docs` where that is asked for."""
+    arguments = argparse.ArgumentParser(description=description)
+    golden = Path(__file__).parents[1] / "tests" / "golden" / model
+    arguments.add_argument("--golden", type=Path, default=golden)
     arguments.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
-    arguments.add_argument("--out", type=Path, help="write docs/parity.md here; without it, print the table")
+    arguments.add_argument("--out", type=Path, help=f"write {docs} here; without it, print the table")
     given = arguments.parse_args()
     torch.set_num_threads(1)
-    rows = [row for group in GROUPS for row in measure(given.golden, group, given.attention)]
+    rows = [row for group in groups for row in measure(given.golden, group, given.attention)]
     print(table(rows))
     if given.out:
         unfinished = given.out.with_suffix(".tmp")
@@ -364,6 +372,10 @@ def main() -> None:
         os.replace(unfinished, given.out)
     if not all(row.passed for row in rows):
         raise SystemExit("some quantities are off")
+
+
+def main() -> None:
+    compare((__doc__ or "").splitlines()[0], "salmonn2plus", "docs/parity.md", GROUPS, measure, page)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ the part that is kept with the tests; quantities that FOLDER lacks are left out 
 
 from __future__ import annotations
 
-import argparse
-import os
 import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +28,7 @@ from kokanee.published import our_key
 from kokanee.salmonn2 import Salmonn2, segment_positions
 from kokanee.salmonn2_prompt import FramePromptWriter, Salmonn2Processor, spread_sound
 from kokanee.sampling import Sampling, length_s, sample_indices
-from parity import Measured, gradient_rows, largest, named_grads, table
+from parity import Measured, compare, gradient_rows, largest, named_grads, table
 
 PLACEHOLDER = -200
 FORMS = {"chosen": "gpt", "reject_gpt": "reject_gpt", "gt": "gt"}
@@ -336,21 +334,7 @@ What is other here, on purpose
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    here = Path(__file__).parents[1]
-    arguments.add_argument("--golden", type=Path, default=here / "tests" / "golden" / "salmonn2")
-    arguments.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
-    arguments.add_argument("--out", type=Path, help="write docs/parity-salmonn2.md here; without it, print the table")
-    given = arguments.parse_args()
-    torch.set_num_threads(1)
-    rows = [row for group in GROUPS for row in measure(given.golden, group, given.attention)]
-    print(table(rows))
-    if given.out:
-        unfinished = given.out.with_suffix(".tmp")
-        unfinished.write_text(page(rows, given.attention), encoding="utf-8")
-        os.replace(unfinished, given.out)
-    if not all(row.passed for row in rows):
-        raise SystemExit("some quantities are off")
+    compare((__doc__ or "").splitlines()[0], "salmonn2", "docs/parity-salmonn2.md", GROUPS, measure, page)
 
 
 if __name__ == "__main__":

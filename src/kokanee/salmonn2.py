@@ -17,7 +17,6 @@ from torch.nn import functional
 from transformers import initialization
 from transformers.generation.logits_process import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
-from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 from transformers.models.whisper.configuration_whisper import WhisperConfig
@@ -52,12 +51,7 @@ class Salmonn2Config(KokaneeConfig):
     """
 
     model_type = "kokanee_salmonn2"
-    sub_configs_defaults: ClassVar[Any] = {
-        "text_config": Qwen2_5_VLTextConfig,
-        "vision_config": SiglipVisionConfig,
-        "audio_config": WhisperConfig,
-        "qformer_config": Blip2QFormerConfig,
-    }
+    sub_configs_defaults: ClassVar[Any] = KokaneeConfig.sub_configs_defaults | {"vision_config": SiglipVisionConfig}
     part_defaults: ClassVar[dict[str, dict[str, Any]]] = DEFAULTS | {
         "text_config": DEFAULTS["text_config"] | {"max_position_embeddings": 32768},
         "vision_config": SIGLIP,
