@@ -5,15 +5,16 @@ runs of the same path.
 
 Both runs have every step and control, with the commands and recipes of a true one but for their numbers: steps,
 warmup, clips of features, of rounds, of validation and of the exam, and batches of evaluation are about `--shares` of
-the whole.
-A straight line through the seconds of both gives what a step takes whatever its size (fixed: imports, the model, ...)
-and what all of it takes. Of a line that would begin below 0 only the larger run is taken, as one through 0; where the
-larger run took no longer than the smaller, their mean is taken for fixed.
+the whole. A straight line through the seconds of both gives what a step takes whatever its size (fixed: imports, the
+model, ...) and what all of it takes. Of a line that would begin below 0 only the larger run is taken, as one through 0;
+where the larger run took no longer than the smaller, their mean is taken for fixed. A second more or less of a small
+run may be a minute of the whole, so that nothing else should run meanwhile.
 
 What the machine does at once is not divided, so that the line is straight: each step has shares of its own, the nearest
 at which it has a multiple of 20 steps of pretraining, of the clips that all processes caption together, or of the clips
-of the exam that are looked at together. Features are counted by the clips of the process that has most of them; the
-smaller run measures a few clips, and goes on with the features of the larger.
+of the exam that are looked at together; the larger is three times the smaller or more, on a GPU twice. Features are
+counted by the clips of the process that has most of them; the smaller run measures a few clips, and goes on with the
+features of the larger.
 
 Captions of a model that has learnt nothing never end, so that `nano-sft`, of the same sizes, stands for the model that
 each step of pretraining leaves. A round of so few clips learns from all pairs, however close, and is checked by one
