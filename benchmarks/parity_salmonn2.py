@@ -326,9 +326,11 @@ What is other here, on purpose
   user; in a preference they cancel. The rows above count what it counts.
 - On files an adapter of the language model is trained. The published scripts also train projection, newline, Q-Former
   and the layers behind it (the rows of their gradients show that this could be done).
-- The string of a special token in a text is text. A second `<image>` in a turn is refused, and so are images.
+- The string of a special token in a text is text. Images are refused, and so is a second medium in a turn, which is
+  text there.
 - The reference of a preference is the model as it was, without dropout.
-- A clip in which less than two frames are shown is refused there. Here its sound is heard alone, and a note says so.
+- A clip in which less than two frames are shown is refused there. Here its sound, if it has any, is heard alone, and a
+  note says so.
 - Sequences are not cut at 32,768 tokens; a note says that the model knows fewer positions.
 """
 

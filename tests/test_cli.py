@@ -407,6 +407,8 @@ def test_convert_writes_a_checkpoint_that_says_the_same(tiny_checkpoint, caption
     assert kk("convert", tiny_checkpoint, tmp_path / "copy").stdout == f"{tmp_path / 'copy'}\n"
     copied = Captioner.from_pretrained(tmp_path / "copy")
     assert copied.defaults == captioner.defaults
+    assert "holds a model" in kk("convert", "nano", tmp_path / "copy", code=1).stderr
+    kk("convert", tiny_checkpoint, tmp_path / "copy", "--overwrite")
     assert copied.caption(media / "first.mp4") == captioner.caption(media / "first.mp4")
 
 

@@ -102,6 +102,20 @@ def test_a_file_that_cannot_be_read_is_recorded_with_its_reason(tiny, data, tmp_
     assert len(read_jsonl(tmp_path / "store" / "unreadable-0.jsonl")) == 1
 
 
+def test_what_is_unusual_about_files_is_told_once(tiny, data, tmp_path, caplog):
+    clips = FileClips(*tiny, data("first.mp4", "silent.mp4", "sound.wav"), tmp_path / "store", "What happens?")
+    clips.readable([0, 1, 2], nothing, (0, 1))
+    (told,) = caplog.messages
+    assert "2 of 3 files are unusual, such as silent.mp4: no sound track" in told
+    records = read_jsonl(tmp_path / "store" / "unusual-0.jsonl")
+    assert [(record["file"], record["notes"]) for record in records] == [
+        ("silent.mp4", ["no sound track"]),
+        ("sound.wav", ["no picture"]),
+    ]
+    clips.readable([0, 1, 2], nothing, (0, 1))
+    assert len(caplog.messages) == 1
+
+
 def test_a_file_that_was_mended_is_read(tiny, data, media, tmp_path):
     found = data("mended.mp4")
     clips = FileClips(*tiny, found.model_copy(update={"videos": str(tmp_path)}), tmp_path / "store", "What happens?")
@@ -259,7 +273,7 @@ def test_rounds_run_on_files_with_a_language_model_as_judge(checkpoint, request,
         assert rounds[1]["pairs"]["pairs"] > 0 and rounds[1]["pairs"]["unjudged"] == 0
         run(recipe_of(found, tiny_checkpoint, url), tmp_path / "run")
         assert len(server.requests) == asked
-    assert {path.name for path in (tmp_path / "run" / "media" / "train").iterdir()} == {
+    assert {path.name for path in (tmp_path / "run" / "media" / "train").glob("clip-*")} == {
         f"clip-{number:06d}.safetensors" for number in range(4)
     }
     assert read_view(tmp_path / "run" / "media" / "train" / "clip-000000.safetensors").block.kind == "video"

@@ -23,7 +23,7 @@ import numpy as np
 from kokanee.defaults import Defaults
 from kokanee.errors import KokaneeError
 from kokanee.files import is_image
-from kokanee.media import Clip, file_length_s, read_image
+from kokanee.media import Clip, file_length_s, named, read_image
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -319,7 +319,8 @@ class FileCaptioner(ABC):
                 raise KokaneeError(
                     f"{request.path} is a still image: there is nothing to hear. Leave --audio-only out."
                 )
-            sample = self.sample(read_image(request.path, notes), asked, notes)
+            with named(Path(request.path)):
+                sample = self.sample(read_image(request.path, notes), asked, notes)
             return Prepared(sample, name, 0.0, 0.0, tuple(notes))
         clip = self.read(request)
         notes += clip.notes

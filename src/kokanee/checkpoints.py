@@ -291,7 +291,7 @@ def check_tokens(config: KokaneeConfig, processor: Processor) -> None:
     if differing:
         raise KokaneeError(
             f"The processor does not belong to this model: {'; '.join(differing)}. "
-            "Give the model's own tokenizer and processor.json."
+            "Give the model's own tokenizer and processor.json, and leave these settings as they are there."
         )
 
 

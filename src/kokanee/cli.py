@@ -132,15 +132,18 @@ def convert(
         str | None, typer.Option(help="A Whisper, folder or name on the hub: SOURCE is a Qwen2.5-VL that is to hear.")
     ] = None,
     seed: Annotated[int, typer.Option(help="With --whisper: of the fresh Q-Former's random weights.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that OUT holds.")] = False,
 ) -> None:
     """Write any checkpoint that can be loaded as a Kokanee folder; an adapter is merged into its base.
 
     With --whisper, join a Qwen2.5-VL and a Whisper into a base that is ready to learn to hear.
     """
-    from kokanee.checkpoints import assemble
+    from kokanee.checkpoints import assemble, is_own
     from kokanee.checkpoints import convert as convert_checkpoint
     from kokanee.defaults import Defaults, origin
 
+    if is_own(out) and not overwrite:
+        raise KokaneeError(f"{out} holds a model. Choose another folder, or give --overwrite to replace it.")
     if whisper is not None:
         if base is not None:
             raise typer.BadParameter(

@@ -7,6 +7,7 @@ a store of features, all others from files, with the captions of people who saw 
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from kokanee.files import by_names, file_key, is_image
 from kokanee.formats import append_jsonl, read_jsonl, replaced_file
 from kokanee.ground_truth import Truth, place, read_ground_truth
 from kokanee.layout import Block
-from kokanee.media import read_image
+from kokanee.media import named, read_image
 from kokanee.model import Kokanee
 from kokanee.predictions import read_predictions
 from kokanee.prefix import Sample
@@ -45,6 +46,8 @@ from kokanee.world.scene import Split, sample_scene
 
 HEARD_TOGETHER = 64  # clips of the world
 UNREADABLE = "unreadable-{}.jsonl"
+logger = logging.getLogger("kokanee")
+UNUSUAL = "unusual-{}.jsonl"
 LESS_SHOWN = (
     "Show less of a file: fewer frames (max_frames; in a recipe processor: {max_frames: 64}), smaller ones "
     "(max_frame_pixels), or a shorter part of it."
@@ -273,15 +276,24 @@ class FileClips:
         failed = self.failed()
         mine = list(numbers)[share[0] :: share[1]]  # first: what others have written must not change whose turn it is
         missing = [number for number in mine if number not in failed and not self.is_kept(number)]
+        unusual: list[tuple[int, tuple[str, ...]]] = []
         for done, (number, (version, shown)) in enumerate(zip(missing, ahead(missing, self.read), strict=True), 1):
             view = seen(self.model, shown)
             if isinstance(view, View):
                 keep_view(self.place(number), view, version)
+                unusual += [(number, view.notes)] if view.notes else []
             else:
                 record = {"clip": number, "file": place(self.known[number].truth), "reason": str(view)}
                 record["version_of_file"] = version_of(self.known[number].path)
                 append_jsonl(self.store / UNREADABLE.format(share[0]), [record])
             report(done, len(missing))
+        if unusual:
+            records = [{"clip": number, "file": self.known[number].file, "notes": notes} for number, notes in unusual]
+            append_jsonl(self.store / UNUSUAL.format(share[0]), records)
+            first = f"{records[0]['file']}: {'; '.join(records[0]['notes'])}"
+            logger.warning(
+                "%d of %d files are unusual, such as %s (all: %s)", len(unusual), len(missing), first, self.store
+            )
 
     def failed(self) -> dict[int, str]:
         """Those that could not be read, as long as their files are the same."""
@@ -418,7 +430,8 @@ def show(processor: Processor, path: Path, start_s: float | None = None, end_s: 
     notes = list[str]()
     medium = read_image(path, notes) if is_image(path) else processor.read(path, start_s, end_s)
     notes += () if isinstance(medium, np.ndarray) else medium.notes
-    return Shown(*processor.medium(medium), tuple(notes))
+    with named(path):
+        return Shown(*processor.medium(medium), tuple(notes))
 
 
 def shown_of(

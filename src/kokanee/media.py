@@ -97,12 +97,12 @@ def read_clip(
     `threads`: decoder threads (0: one per core). Raises KokaneeError for what cannot be read and for empty intervals.
     """
     check_interval(start_s, end_s)
-    with Source(path, want, threads) as source, _named(source.path):
+    with Source(path, want, threads) as source, named(source.path):
         return _Reading(source, sampling, start_s, end_s, transform, threads).clip()
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
     """Begin an error with the name of the file that it is about."""
     try:
         yield
@@ -116,7 +116,7 @@ def file_length_s(path: str | os.PathLike[str], want: Sequence[str] = ("video", 
     It ends with its picture, or with sound that ends at least half a second later. Nothing is kept, and little decoded.
     Raises KokaneeError as `read_clip` does.
     """
-    with Source(path, want) as source, _named(source.path):
+    with Source(path, want) as source, named(source.path):
         index = None
         if source.video is not None:
             index = source.index() or index_by_decoding(source)

@@ -323,7 +323,7 @@ def steps_of(settings: Settings) -> list[Step]:
     if settings.quick:
         shares = 1
     features = (store("train", clips, SHARE_CUT), store("validation", validation, VALIDATION_SHARE_CUT))
-    first_round = ("convert", "6-mrdpo/round-01/adapter", "gdpo", "--base", sft)
+    first_round = ("convert", "6-mrdpo/round-01/adapter", "gdpo", "--base", sft, "--overwrite")
     made = ("world", "make", "exam", "--clips", str(exam), "--seed", str(EXAM_SEED), "--split", "test")
     marks = marks_of(settings, sft)
     together = GPU_EXAMS if settings.device == "cuda" else QUICK_TOGETHER if settings.quick else settings.processes

@@ -77,6 +77,7 @@ def team_of(recipe: Tuning) -> Team:
     if any(os.environ.get(name) == "true" for name in SHARED_OUT):
         raise KokaneeError("Training shares clips among processes, not the model. Start it without FSDP and DeepSpeed.")
     state = PartialState(cpu=recipe.device == "cpu", timeout=datetime.timedelta(days=7))
+    state.wait_for_everyone()  # until all are connected: one that stopped before would be another's error
     if state.num_processes != recipe.processes:
         raise KokaneeError(
             f"The recipe is for processes: {recipe.processes}, but {state.num_processes} run. Start it with "
@@ -222,6 +223,14 @@ def tasks_for(run: Run[Any], data: Source, part: Part, numbers: Sequence[int], k
         raise KokaneeError(
             f"{len(lost)} of {len(numbers)} files cannot be read, such as: {failed[lost[0]]} Mend these files, or "
             f"allow for more with a higher data.{part}.unreadable, and start again."
+        )
+    if lost and run.team.is_main:
+        logger.warning(
+            "%d of %d files cannot be read and are left out, such as: %s (all: %s)",
+            len(lost),
+            len(numbers),
+            failed[lost[0]],
+            run.folder / MEDIA / part,
         )
     left = sorted((number for number in numbers if number not in failed), key=lambda n: (clips.n_tokens(n), n))
     return [clips.task(number, run.recipe.questions, key) for number in left]

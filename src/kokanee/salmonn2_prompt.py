@@ -74,7 +74,8 @@ class Salmonn2ProcessorConfig(ProcessorConfig):
         fields = type(self).model_fields
         changed = [name for name in WITHOUT_EFFECT if getattr(self, name) != fields[name].default]
         if changed:
-            raise ValueError(f"video-SALMONN 2 has no {', '.join(changed)}: frames are frame_side pixels wide and high")
+            less = "less is shown with a lower max_frames or a larger interval_s"
+            raise ValueError(f"video-SALMONN 2 has no {', '.join(changed)}; {less}")
         return self
 
 

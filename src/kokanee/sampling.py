@@ -60,7 +60,10 @@ class TooFewFrames(NoPicture):
     """One frame alone would be shown, and the model needs two. `note` says so where there is sound to hear."""
 
     def __init__(self, n_shown: int, n_frames: int, fps: float) -> None:
-        self.note = "too short for this model to see, which needs two frames; it hears the sound alone"
+        self.note = (
+            "too short for this model to see, which needs two frames; it hears the sound alone (a smaller interval_s "
+            "shows more)"
+        )
         KokaneeError.__init__(
             self,
             f"Only {n_shown} frame would be shown of {n_frames} at {fps:g} a second, and this model needs two. "

@@ -130,6 +130,7 @@ def train(
         project_dir=str(folder),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=objective.idle_parts)],
     )
+    accelerator.wait_for_everyone()  # until all are connected: one that stopped before would be another's error
     if accelerator.num_processes != recipe.processes:
         raise KokaneeError(
             f"The recipe is for processes: {recipe.processes}, but {accelerator.num_processes} run, which gives other "
