@@ -276,24 +276,23 @@ class FileClips:
         failed = self.failed()
         mine = list(numbers)[share[0] :: share[1]]  # first: what others have written must not change whose turn it is
         missing = [number for number in mine if number not in failed and not self.is_kept(number)]
-        unusual: list[tuple[int, tuple[str, ...]]] = []
+        unusual: list[str] = []
         for done, (number, (version, shown)) in enumerate(zip(missing, ahead(missing, self.read), strict=True), 1):
             view = seen(self.model, shown)
             if isinstance(view, View):
                 keep_view(self.place(number), view, version)
-                unusual += [(number, view.notes)] if view.notes else []
+                if view.notes:
+                    record = {"clip": number, "file": self.known[number].file, "notes": view.notes}
+                    append_jsonl(self.store / UNUSUAL.format(share[0]), [record])
+                    unusual.append(f"{record['file']}: {'; '.join(view.notes)}")
             else:
                 record = {"clip": number, "file": place(self.known[number].truth), "reason": str(view)}
                 record["version_of_file"] = version_of(self.known[number].path)
                 append_jsonl(self.store / UNREADABLE.format(share[0]), [record])
             report(done, len(missing))
         if unusual:
-            records = [{"clip": number, "file": self.known[number].file, "notes": notes} for number, notes in unusual]
-            append_jsonl(self.store / UNUSUAL.format(share[0]), records)
-            first = f"{records[0]['file']}: {'; '.join(records[0]['notes'])}"
-            logger.warning(
-                "%d of %d files are unusual, such as %s (all: %s)", len(unusual), len(missing), first, self.store
-            )
+            counts = (len(unusual), len(missing))
+            logger.warning("%d of %d files are unusual, such as %s (all: %s)", *counts, unusual[0], self.store)
 
     def failed(self) -> dict[int, str]:
         """Those that could not be read, as long as their files are the same."""
