@@ -12,13 +12,14 @@ import torch
 from pydantic import ValidationError
 
 from kokanee.checkpoints import load
-from kokanee.clips import FileClips, FileData, WorldClips, WorldData, keep_view, open_prompt, read_view, watch
+from kokanee.clips import FileClips, FileData, WorldClips, WorldData
 from kokanee.errors import KokaneeError
 from kokanee.formats import read_jsonl
 from kokanee.mrdpo_recipe import MrdpoRecipe
 from kokanee.prompt import Turn
 from kokanee.protocol import LISTS
 from kokanee.rebirth import RebirthRecipe, run_rebirth
+from kokanee.views import keep_view, open_prompt, read_view, watch
 from kokanee.world.language import parse
 from model_server import serving
 from mrdpo_runs import SMALL, quiet, run, small_recipe

@@ -9,11 +9,11 @@ import pytest
 from kokanee import exam as exam_module
 from kokanee.captioner import Captioner
 from kokanee.captions import Decoding
-from kokanee.clips import watch
 from kokanee.errors import KokaneeError
 from kokanee.events import Counts, rates
 from kokanee.exam import PROMPT, answers, exam, facts_in, mark, parts_of
 from kokanee.formats import read_jsonl
+from kokanee.views import watch
 from kokanee.world.facts import Fact, exact
 from kokanee.world.make import make
 from kokanee.world.scene import sample_scene

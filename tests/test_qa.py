@@ -15,7 +15,6 @@ import torch
 
 from kokanee.captioner import Captioner
 from kokanee.captions import Decoding
-from kokanee.clips import watch
 from kokanee.endpoint import Endpoint
 from kokanee.errors import KokaneeError, memory_said
 from kokanee.exam import answers
@@ -36,6 +35,7 @@ from kokanee.qa import (
 )
 from kokanee.questions import SENTENCE, Question, Video, by_video, lettered, number_of
 from kokanee.remote import FrameSettings, RemoteCaptioner
+from kokanee.views import watch
 from model_server import serving, status
 
 FILES = ("first.mp4", "sound.wav", "silent.mp4")

@@ -15,7 +15,6 @@ from transformers import GenerationConfig
 from kokanee import checkpoints
 from kokanee.captioner import Captioner
 from kokanee.captions import Decoding
-from kokanee.clips import open_prompt, watch
 from kokanee.errors import KokaneeError
 from kokanee.features import fill_store
 from kokanee.generation import answers, penalized, tokens_held
@@ -23,6 +22,7 @@ from kokanee.layout import Block
 from kokanee.prompt import Turn
 from kokanee.salmonn2 import segment_positions
 from kokanee.salmonn2_prompt import WITHOUT_EFFECT, ZERO_TOKEN, Salmonn2Processor, Salmonn2ProcessorConfig, spread_sound
+from kokanee.views import open_prompt, watch
 from media_files import encode, moving_frames, tones
 from tiny import WIDTH, salmonn2_model, salmonn2_processor, tiny_model, tiny_processor
 

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from kokanee.captions import Decoding
-from kokanee.clips import Clips, Task, open_prompt
+from kokanee.clips import Clips, Task
 from kokanee.errors import KokaneeError
 from kokanee.events import Counts, Verdict, rates, repetition_rate
 from kokanee.formats import append_jsonl, drop_half_start, read_jsonl, write_jsonl
@@ -28,6 +28,7 @@ from kokanee.predictions import Prediction
 from kokanee.processor import Processor
 from kokanee.questions import same
 from kokanee.scoring import Item, Judge, judge_all
+from kokanee.views import open_prompt
 
 VERSION = 1
 ANSWER_TOKENS = 16

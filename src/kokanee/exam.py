@@ -10,7 +10,6 @@ from typing import Any
 
 from kokanee import generation
 from kokanee.captions import Decoding, intervals
-from kokanee.clips import Part, View, open_prompt, views
 from kokanee.errors import KokaneeError
 from kokanee.events import Counts, Rates, interval, rates, repetition_rate, right_interval
 from kokanee.files import SAMPLES
@@ -19,6 +18,7 @@ from kokanee.ground_truth import Truth, truth_of_sample
 from kokanee.model import Kokanee
 from kokanee.processor import Processor
 from kokanee.questions import same
+from kokanee.views import Part, View, open_prompt, views
 from kokanee.world.facts import Fact
 from kokanee.world.score import judge
 

@@ -30,7 +30,6 @@ from typing import Any, Literal
 import torch
 
 from kokanee.captions import Caption, Decoding, FileCaptioner, Request
-from kokanee.clips import View, views
 from kokanee.conversations import shared_length
 from kokanee.errors import KokaneeError, TooLittleMemory, memory_said
 from kokanee.events import OTHER, Counts, right_difference, right_interval
@@ -41,6 +40,7 @@ from kokanee.prefix import Sample, branch_attention_in, collate_packed, pack, pa
 from kokanee.processor import Processor
 from kokanee.prompt import IGNORED, Turn
 from kokanee.questions import LETTERS, Question, Video, by_video, is_right, lettered, number_of, of_world
+from kokanee.views import View, views
 from kokanee.weights import fingerprint
 
 Way = Literal["answer", "text", "letter"]

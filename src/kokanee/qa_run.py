@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from kokanee.clips import version_of
 from kokanee.conversations import digest
 from kokanee.errors import KokaneeError
 from kokanee.formats import (
@@ -26,6 +25,7 @@ from kokanee.formats import (
 )
 from kokanee.qa import Answered, Examinee, Marked, accuracy, beside
 from kokanee.questions import Question, Video
+from kokanee.views import version_of
 
 VERSION = 1
 STATE, ANSWERS, SCORES = "state.json", "answers.jsonl", "scores.json"
