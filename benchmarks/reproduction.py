@@ -12,7 +12,7 @@ run may be a minute of the whole, so that nothing else should run meanwhile.
 
 What the machine does at once is not divided, so that the line is straight: each step has shares of its own, the nearest
 at which it has a multiple of 20 steps of pretraining, of the clips that all processes caption together, or of the clips
-of the exam that are looked at together; the larger is three times the smaller or more, on a GPU twice. Features are
+of the exam that are looked at together; the larger is three times the smaller or more. Features are
 counted by the clips of the process that has most of them; the smaller run measures a few clips, and goes on with the
 features of the larger.
 
@@ -58,7 +58,7 @@ from measuring import machine
 STAND_IN = "nano-sft"
 ROUNDS, REBIRTH = "6-mrdpo", "7-rebirth"
 STEPS_TOGETHER, EXAM_TOGETHER = 20, 25
-LEAST_APART = {"cpu": 3, "cuda": 2}  # times that the larger run is the smaller; processors are less often alone
+LEAST_APART = 3  # times that the larger run is the smaller
 FEW_CLIPS = 10  # of features, of each part in the smaller run
 IMPORTED = ("stages", "mrdpo", "rebirth", "exam")
 Counts = tuple[int, int]
@@ -111,10 +111,10 @@ class Row:
         return f"| {self.name} | {' | '.join(taken)} | {self.fixed_s:.1f} | {self.whole_s / 60:.1f} |"
 
 
-def counts(shares: Sequence[float], whole: int, together: int, device: str) -> Counts:
+def counts(shares: Sequence[float], whole: int, together: int) -> Counts:
     """How many of `whole` are done in the smaller run and in the larger, as multiples of `together`."""
     first = max(1, round(shares[0] * whole / together))
-    second = max(LEAST_APART[device] * first, round(shares[1] * whole / together))
+    second = max(LEAST_APART * first, round(shares[1] * whole / together))
     return min(first * together, whole), min(second * together, whole)
 
 
@@ -141,18 +141,18 @@ def small_runs(settings: Settings, shares: Sequence[float], rounds: int, folder:
     whole = recipes_of(settings)
     changes: tuple[dict[str, Changes], dict[str, Changes]] = ({}, {})
     for name in PRETRAINING:
-        for place, steps in enumerate(counts(shares, whole[name]["steps"], STEPS_TOGETHER, settings.device)):
+        for place, steps in enumerate(counts(shares, whole[name]["steps"], STEPS_TOGETHER)):
             changes[place][name] = pretraining(whole[name], steps, settings.processes)
     for name, clips in ((ROUNDS, whole[ROUNDS]["clips"]), (REBIRTH, reproduce.CLIPS)):
         together = sized_for(settings, whole[name])["caption_batch"] * settings.processes
-        for place, some in enumerate(counts(shares, clips, together, settings.device)):
+        for place, some in enumerate(counts(shares, clips, together)):
             changes[place][name] = tuning(whole[name], some, some / clips)
     for change in changes:
         change[ROUNDS] |= {"rounds": rounds, "pairs.min_gap": 0.0}
     wanted = [max(changes[1][name][part] for name in (ROUNDS, REBIRTH)) for part in ("clips", "validation_clips")]
     at_once = SHARD * feature_processes(settings)
     stores = ((FEW_CLIPS, FEW_CLIPS), (math.ceil(wanted[0] / at_once) * at_once, wanted[1]))
-    exams = counts(shares, reproduce.EXAM_CLIPS, EXAM_TOGETHER, settings.device)
+    exams = counts(shares, reproduce.EXAM_CLIPS, EXAM_TOGETHER)
     first, second = (
         Small(
             replace(settings, changed=tuple((name, *one) for name, made in change.items() for one in made.items())),

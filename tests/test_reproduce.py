@@ -19,11 +19,13 @@ from kokanee.formats import read_json, read_jsonl
 from kokanee.recipes import read_yaml
 from kokanee.reproduce import (
     CONTROLS,
+    MINUTES,
     PRETRAINING,
     Settings,
     check_recipes,
     checked_settings,
     device_name,
+    left,
     recipes_of,
     reproduce,
     shipped_recipes,
@@ -88,6 +90,13 @@ def test_a_wrong_setting_is_told_before_anything_is_begun(tmp_path):
     with pytest.raises(KokaneeError, match="no name of a model"):
         reproduce(Settings(start=str(tmp_path / "sft")), tmp_path / "out", print)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_left_is_told_for_the_device(tmp_path):
+    cpu, cuda = (left(Settings(device=device), tmp_path) for device in ("cpu", "cuda"))
+    assert cuda < 60 < 180 < cpu < 300
+    without = Settings(device="cuda", without=tuple(CONTROLS))
+    assert left(without, tmp_path) == pytest.approx(cuda - sum(MINUTES[name][1] for name in CONTROLS))
 
 
 def test_a_control_has_what_it_controls_in_common_whatever_is_changed():

@@ -49,7 +49,7 @@ def reproduce(
 ) -> None:
     """Train nano from nothing, with all controls, measure every stage, and write one report beside the paper's numbers.
 
-    About four hours on two cores. It can be killed at any time and called again.
+    About four hours on two cores, less than one on an H100. It can be killed at any time and called again.
     """
     from kokanee.reproduce import CONTROLS, PAGE, RESULTS, Settings, checked_settings, left, read_results, steps_of
     from kokanee.reproduce import reproduce as work
@@ -81,7 +81,7 @@ def reproduce(
         return
     minutes = left(settings, out)
     if minutes:
-        say(f"{out}: about {lasting(minutes)} left on two cores" if device == "cpu" else f"{out}: on a GPU")
+        say(f"{out}: about {lasting(minutes)} left {'on two cores' if device == 'cpu' else 'on a GPU'}")
     with steps_progress() as report:
         anything = work(settings, out, report, beside or ())
     if not anything:

@@ -39,7 +39,23 @@ CONTROLS = {
     "dpo": "one round of plain DPO",
     "ce": "rounds of cross-entropy alone",
 }
-CONTROL_MINUTES = {"continued": 18.0, "dpo": 8.0, "ce": 22.0}
+MINUTES: dict[str, tuple[float, float]] = {
+    "1-see": (22, 15),
+    "2-hear": (3, 0.4),
+    "features": (5, 1.4),
+    "3-base": (11, 1.8),
+    "4-align": (1, 0.3),
+    "5-sft": (77, 4.3),
+    "6-mrdpo": (45, 4.4),
+    "gdpo": (0.2, 0.4),
+    "7-rebirth": (20, 9.5),
+    "continued": (18, 7.7),
+    "dpo": (8, 1.0),
+    "ce": (22, 2.0),
+    "exam": (1, 0.2),
+    "marks": (13, 2.3),
+}
+"""About what each step and control takes on two cores, and on an H100 (projected; `benchmarks/README.md`)."""
 STATE, RESULTS, PAGE, RECIPES = "state.json", "results.json", "report.html", "recipes"
 FIGURES = "metrics.json"  # of a control that is done
 SFT = "5-sft/model"
@@ -303,7 +319,7 @@ def change(recipes: dict[str, dict[str, Any]], step: str, key: str, value: Any) 
 
 
 def steps_of(settings: Settings) -> list[Step]:
-    """The steps in order, with about how long each takes on two cores; paths are inside the reproduction's folder."""
+    """The steps in order, with about how long each takes; paths are inside the reproduction's folder."""
     encoders, sft = settings.start or "2-hear/model", settings.start or SFT
     clips, validation, exam = CLIPS, VALIDATION_CLIPS, EXAM_CLIPS
     if settings.quick:
@@ -312,8 +328,11 @@ def steps_of(settings: Settings) -> list[Step]:
     def command(name: str) -> tuple[str, ...]:
         return ("train", f"{RECIPES}/{name}.yaml", "--out", name)
 
-    def training(name: str, title: str, minutes: float) -> Step:
-        return Step(name, title, (command(name),), minutes)
+    def minutes(*names: str) -> float:
+        return sum(MINUTES[name][settings.device == "cuda"] for name in names)
+
+    def training(name: str, title: str) -> Step:
+        return Step(name, title, (command(name),), minutes(name))
 
     def store(part: str, count: int, share_cut: float) -> tuple[str, ...]:
         words = ["world", "features", encoders, f"features/{part}", "--split", part, "--clips", str(count)]
@@ -328,22 +347,21 @@ def steps_of(settings: Settings) -> list[Step]:
     marks = marks_of(settings, sft)
     together = GPU_EXAMS if settings.device == "cuda" else QUICK_TOGETHER if settings.quick else settings.processes
     controls = [name for name in CONTROLS if name not in settings.without]
-    minutes = sum(CONTROL_MINUTES[name] for name in controls)
     written = tuple(f"{name}/{FIGURES}" for name in controls)
-    runs = tuple(map(command, controls)), minutes, QUICK_TOGETHER if settings.quick else 1, written
+    runs = tuple(map(command, controls)), minutes(*controls), QUICK_TOGETHER if settings.quick else 1, written
     steps = [
-        training("1-see", "Encoder pretraining: sight", 22),
-        training("2-hear", "Encoder pretraining: hearing", 3),
-        Step("features", "Features of the world's clips", features, 5),
-        training("3-base", "Visual language model", 11),
-        training("4-align", "Audio alignment", 1),
-        training("5-sft", "Audio-visual supervised fine-tuning", 77),
-        training("6-mrdpo", "Rounds of mrDPO", 45),
-        Step("gdpo", "The model of the first round", (first_round,), 0.2),
-        training("7-rebirth", "Rebirth tuning", 20),
+        training("1-see", "Encoder pretraining: sight"),
+        training("2-hear", "Encoder pretraining: hearing"),
+        Step("features", "Features of the world's clips", features, minutes("features")),
+        training("3-base", "Visual language model"),
+        training("4-align", "Audio alignment"),
+        training("5-sft", "Audio-visual supervised fine-tuning"),
+        training("6-mrdpo", "Rounds of mrDPO"),
+        Step("gdpo", "The model of the first round", (first_round,), minutes("gdpo")),
+        training("7-rebirth", "Rebirth tuning"),
         *([Step("controls", "Controls: " + ", ".join(CONTROLS[name] for name in controls), *runs)] if controls else []),
-        Step("exam", "Clips to be measured by", (made,), 1),
-        Step("marks", "Marks of all stages", tuple(marks.values()), 13, together, tuple(marks)),
+        Step("exam", "Clips to be measured by", (made,), minutes("exam")),
+        Step("marks", "Marks of all stages", tuple(marks.values()), minutes("marks"), together, tuple(marks)),
     ]
     steps = [step for step in steps if not (settings.start and step.name in PRETRAINING)]
     return [replace(step, minutes=QUICK_MINUTES) for step in steps] if settings.quick else steps
