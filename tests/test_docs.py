@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic_core import to_jsonable_python
 
+from kokanee.recipes import Training
 from kokanee.reproduce_tables import lines
 
 DIFFERENCES = {
@@ -50,6 +52,18 @@ def test_tables_of_a_reproduction_are_those_of_its_results():
     results = [json.loads(path.read_text(encoding="utf-8")) for path in found]
     for seeds in (results, *([one] for one in results)):
         assert "\n".join(lines(seeds)) in page
+
+
+def test_every_setting_of_the_training_loop_has_its_default_in_the_documents():
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    told = set()
+    for names, default in re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|([^|]*)\|", page, re.MULTILINE):
+        fields = {name: Training.model_fields.get(name) for name in re.findall(r"`(\w+)`", names)}
+        shown = [to_jsonable_python(field.default) for field in fields.values() if field and not field.is_required()]
+        if shown:
+            assert default.strip().lower() == ", ".join(map(str, shown)).lower(), names
+        told |= fields.keys()
+    assert Training.model_fields.keys() <= told
 
 
 @pytest.mark.parametrize("row", DIFFERENCES)
