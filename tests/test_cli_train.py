@@ -46,7 +46,7 @@ def test_a_stage_leaves_a_model_that_loads_and_inherits_its_question(recipe, tmp
     found = kk("train", recipe, "--out", tmp_path / "run")
     told = json.loads(found.stdout)
     assert told["model"] == (tmp_path / "run" / "model").as_posix() and told["steps"] == 2
-    assert "validation/loss" in told["figures"] and "step 2: loss" in found.stderr
+    assert "validation/loss" in told["figures"] and "step 2: held out, loss" in found.stderr
     load(tmp_path / "run" / "model")
     assert Defaults.of(tmp_path / "run" / "model") == Defaults("Describe the video.", 12)
 
@@ -174,7 +174,8 @@ def test_sft_is_rebirth_without_a_teacher(recipe, tiny_checkpoint, media, tmp_pa
     data = {"train": {"videos": str(media), "captions": str(tmp_path / "captions.jsonl")}}
     path = tmp_path / "sft.yaml"
     path.write_text(yaml.safe_dump({**small, **settings, "model": str(tiny_checkpoint), "data": data}))
-    assert "3 of 3 captions kept" in kk("train", "sft", path, "--out", tmp_path / "run").stderr
+    told = kk("train", "sft", path, "--out", tmp_path / "run").stderr
+    assert "train, step 1: held out, loss " in told and "3 of 3 captions kept" in told
     learnt = [record["caption"] for record in read_jsonl(tmp_path / "run" / "kept.jsonl")]
     assert sorted(learnt) == sorted(record["caption"] for record in said)
     again = (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns

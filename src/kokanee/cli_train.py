@@ -194,7 +194,7 @@ def read_settings(recipe: Path, replaced: Sequence[str]) -> dict[str, Any]:
 
 @contextmanager
 def rounds_progress() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
-    """A bar on standard error for each piece of a round's work, from when there is any."""
+    """A bar on standard error for each piece of a round's work, from when there is any; evaluations are lines."""
     with ExitStack() as stack:
         progress = bar("{task.fields[figures]}", hidden=not is_main())
         tasks: dict[str, Any] = {}
@@ -208,6 +208,7 @@ def rounds_progress() -> Iterator[Callable[[str, int, int, dict[str, float]], No
                 tasks[what] = progress.add_task(what, total=total, figures="")
             shown = " ".join(f"{name} {figures[name]:.3g}" for name in FIGURES if name in figures)
             progress.update(tasks[what], completed=done, total=total, figures=shown)
+            tell_evaluation(progress, f"{what}, step {done}", figures)
 
         yield report
 
@@ -222,12 +223,17 @@ def stage_progress(steps: int) -> Iterator[Callable[[int, dict[str, float]], Non
             told = {name: value for name, value in figures.items() if "/" not in name}
             shown = " ".join(f"{name} {value:.4g}" for name, value in list(told.items())[:SHOWN])
             progress.update(task, completed=step, figures=shown)
-            checked = {name: value for name, value in figures.items() if "/" in name}
-            if checked:
-                line = ", ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in checked.items())
-                progress.console.print(f"step {step}: {line}", highlight=False, markup=False)
+            tell_evaluation(progress, f"step {step}", figures)
 
         yield report
+
+
+def tell_evaluation(progress: Any, where: str, figures: dict[str, float]) -> None:
+    """A line with a step's figures on held-out samples, if it has any."""
+    checked = {name: value for name, value in figures.items() if "/" in name}
+    if checked:
+        line = ", ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in checked.items())
+        progress.console.print(f"{where}: held out, {line}", highlight=False, markup=False)
 
 
 @world.command("make")
