@@ -144,6 +144,8 @@ def test_rounds_are_only_of_mrdpo_and_a_stage_is_called_by_its_name(recipe, tmp_
     assert "which recipe of the stage 'rebirth'" in kk("train", "rebirth", "--out", tmp_path / "run", code=2).stderr
     assert "own temperatures" in kk("world", "exam", tmp_path, "--full", "--temperature", 0, code=2).stderr
     assert "stage 'sound encoder'" in kk("train", "mrdpo", recipe, "--out", tmp_path / "run", code=2).stderr
+    misspelt = kk("train", "rebirt", recipe, "--out", tmp_path / "run", code=2).stderr
+    assert "rebirt is no stage; " in " ".join(misspelt.replace("│", " ").split())
     wrong = kk("train", recipe, "--out", tmp_path / "run", "--set", "stage=mrdop", code=1).stderr
     assert "no stage 'mrdop'" in wrong and "mrdpo" in wrong
 

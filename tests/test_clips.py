@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from pydantic import ValidationError
 
 from kokanee.checkpoints import load
 from kokanee.clips import FileClips, FileData, WorldClips, WorldData
-from kokanee.errors import KokaneeError
+from kokanee.errors import KokaneeError, TooLittleMemory
 from kokanee.formats import read_jsonl
+from kokanee.mrdpo import run_mrdpo
 from kokanee.mrdpo_recipe import MrdpoRecipe
 from kokanee.prompt import Turn
 from kokanee.protocol import LISTS
@@ -22,7 +24,7 @@ from kokanee.rebirth import RebirthRecipe, run_rebirth
 from kokanee.views import keep_view, open_prompt, read_view, watch
 from kokanee.world.language import parse
 from model_server import serving
-from mrdpo_runs import SMALL, quiet, run, small_recipe
+from mrdpo_runs import SMALL, quiet, run, small_recipe, weights
 
 
 def told(files: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -101,6 +103,28 @@ def test_a_file_that_cannot_be_read_is_recorded_with_its_reason(tiny, data, tmp_
     assert list(clips.failed()) == [1] and "missing.mp4" in clips.failed()[1]
     clips.readable([0, 1], nothing, (0, 1))
     assert len(read_jsonl(tmp_path / "store" / "unreadable-0.jsonl")) == 1
+
+
+def test_a_file_that_memory_did_not_suffice_for_is_tried_again_and_a_broken_one_is_not(
+    tiny, data, tmp_path, monkeypatch
+):
+    clips = FileClips(*tiny, data("first.mp4", "missing.mp4", "second.mp4"), tmp_path / "store", "What happens?")
+    with monkeypatch.context() as meanwhile:
+        full = TooLittleMemory("The device has too little memory.")
+        meanwhile.setattr("kokanee.clips.seen", lambda _, shown: shown if isinstance(shown, KokaneeError) else full)
+        clips.readable([0, 1], nothing, (0, 1))
+    assert list(clips.failed()) == [0, 1]
+    clips.try_again(memory=True)
+    assert list(clips.failed()) == [1]
+    clips.readable([0, 1], nothing, (0, 1))
+    assert list(clips.failed()) == [1] and clips.view(0).block.kind == "video"
+    clips.try_again()
+    assert not clips.failed()
+
+
+def test_an_interval_that_the_file_does_not_have_to_its_end_is_unusual(tiny, media):
+    assert not watch(*tiny, media / "first.mp4", 0.5, 1.5).notes
+    assert "before the end that was asked for" in watch(*tiny, media / "first.mp4", 0.5, 100.0).notes[-1]
 
 
 def test_what_is_unusual_about_files_is_told_once(tiny, data, tmp_path, caplog):
@@ -323,6 +347,66 @@ def test_too_many_unreadable_files_stop_the_run_until_more_are_allowed_for(tiny_
             run(recipe_of(found, tiny_checkpoint, url, clips=5), tmp_path / "run")
         more = found.model_copy(update={"unreadable": 0.2})
         assert len(run(recipe_of(more, tiny_checkpoint, url, clips=5), tmp_path / "run")) == 2
+
+
+def test_a_round_goes_on_with_the_clips_that_it_began_with(tiny_checkpoint, data, media, tmp_path):
+    """A file that was left out and is mended meanwhile is left out of this round; one that was broken is told."""
+    names = ("first.mp4", "second.mp4", "silent.mp4", "sound.wav")
+    for name in names:
+        shutil.copy(media / name, tmp_path)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    found = data(*names, "broken.mp4").model_copy(update={"videos": str(tmp_path), "unreadable": 0.2})
+
+    def stop(what: str, done: int, total: int, figures: dict[str, float]) -> None:
+        if what == "round 1, judge":
+            raise RuntimeError("stopped")
+
+    with serving(judged) as (_, url):
+        recipe = recipe_of(found, tiny_checkpoint, url, clips=5)
+        for name in ("whole", "parts"):
+            with pytest.raises(RuntimeError, match="stopped"):
+                run_mrdpo(recipe, tmp_path / name, stop)
+        shutil.copy(media / "second.mp4", tmp_path / "first.mp4")
+        (tmp_path / "first.mp4").write_bytes(b"no video either")
+        with pytest.raises(KokaneeError, match=r"has begun with 1 files that cannot be read any more.*first.mp4"):
+            run(recipe, tmp_path / "parts")
+        shutil.copy(media / "first.mp4", tmp_path)
+        run(recipe, tmp_path / "whole")
+        shutil.copy(media / "first.mp4", tmp_path / "broken.mp4")
+        run(recipe, tmp_path / "parts")
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    said = read_jsonl(tmp_path / "parts" / "round-01" / "samples.jsonl")
+    assert sorted(record["clip"] for record in said) == sorted(names)
+
+
+def test_files_that_are_held_out_are_not_learnt_from_in_another_clip(tiny_checkpoint, data, tmp_path, caplog):
+    """Two captions of each file: what is checked by and what is learnt have no file in common."""
+    found = data("first.mp4", "second.mp4", "silent.mp4", "sound.wav", "first.mp4", "second.mp4", "silent.mp4")
+    settings = {name: SMALL[name] for name in ("max_new_tokens", "lora", "workers", "device")}
+    settings |= {"stage": "rebirth", "model": str(tiny_checkpoint), "steps": 2, "batch_size": 1, "learning_rate": 0.01}
+    settings |= {"evaluate_batches": 2, "data": {"train": found.model_dump(exclude={"events"})}}
+    run_rebirth(RebirthRecipe(**settings), tmp_path / "run", quiet)
+    (told,) = [message for message in caplog.messages if "held out" in message]
+    assert re.match(r"[12] of 7 clips are not learnt: their files are held out", told)
+    captions = [{"file": "first.mp4", "caption": f"Number {number}."} for number in range(7)]
+    write(tmp_path / "captions.jsonl", captions)
+    with pytest.raises(KokaneeError, match=r"2 captions are kept \(5: of a file that is held out\), but it takes 3"):
+        run_rebirth(RebirthRecipe(**settings), tmp_path / "other", quiet)
+
+
+def test_what_was_not_checked_before_a_run_was_stopped_is_checked(tiny_checkpoint, data, tmp_path, monkeypatch):
+    """A folder of which nothing is done is begun with other settings as a new one is."""
+    found = data("first.mp4", "second.mp4", "silent.mp4", "sound.wav")
+    with serving(judged) as (_, url):
+        recipe = recipe_of(found, tiny_checkpoint, url)
+        with monkeypatch.context() as meanwhile:
+            meanwhile.setattr("kokanee.mrdpo.remove_unfinished", lambda _: pytest.fail("stopped"))
+            with pytest.raises(pytest.fail.Exception):
+                run(recipe, tmp_path / "run")
+        assert (tmp_path / "run" / "state.json").is_file()
+        same = recipe.data.model_copy(update={"validation": recipe.data.train})
+        with pytest.raises(KokaneeError, match=r"4 of 4 files of data.train are in data.validation too"):
+            run(recipe.model_copy(update={"data": same}), tmp_path / "run")
 
 
 def test_a_judge_that_nobody_is_at_is_told_before_anything_is_captioned(tiny_checkpoint, data, tmp_path):

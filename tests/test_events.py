@@ -87,6 +87,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
         ("a a a", 2, 2 / 3),
         ("a b a b a b", 2, 4 / 6),
         ("a b c d a b c d", 5, 0.0),
+        ("一只狗在草地上奔跑。一只狗在草地上奔跑", 5, 0.5),
     ],
 )
 def test_the_repetition_rate_is_this(caption: str, n: int, expected: float):

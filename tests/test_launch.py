@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from kokanee.errors import KokaneeError
-from kokanee.launch import check_devices
+from kokanee.launch import FOLLOWED, check_devices
 
 WORKER = """
 import os, time
 os.environ["RANK"] = "0"
-from kokanee.launch import as_worker
+from kokanee.launch import as_worker, follow
+follow()
 with as_worker():
     open({pid!r}, "w").write(str(os.getpid()))
     time.sleep(60)
@@ -48,6 +49,12 @@ def test_a_worker_ends_when_its_launcher_was_killed(tmp_path):
     while is_alive(worker) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not is_alive(worker)
+
+
+def test_a_worker_ends_whose_launcher_was_killed_before_it_began_to_look(tmp_path):
+    env = {**os.environ, "RANK": "0", FOLLOWED: "1"}  # the first process of all did not begin it
+    worker = "import time; from kokanee.launch import follow; follow(); time.sleep(60)"
+    assert subprocess.run([sys.executable, "-c", worker], env=env, timeout=30).returncode == 1
 
 
 def test_processes_without_a_gpu_each_are_told_before_they_are_launched(monkeypatch):

@@ -147,6 +147,13 @@ def test_a_run_goes_on_with_more_rounds_and_another_budget(recipe, whole, tmp_pa
     assert weights(tmp_path / "longer") == weights(whole)
 
 
+def test_rounds_that_are_done_are_not_taken_back(recipe, whole):
+    before = weights(whole)
+    with pytest.raises(KokaneeError, match=r"has 2 rounds already.*Give rounds: 2 or more"):
+        run(recipe(rounds=1), whole)
+    assert weights(whole) == before and read_json(whole / "state.json")["recipe"]["rounds"] == 2
+
+
 def test_a_run_stopped_in_training_goes_on_with_other_settings_that_are_free(recipe, whole, tmp_path):
     def stop(what: str, done: int, total: int, figures: dict[str, float]) -> None:
         if (what, done) == ("round 1, train", 2):

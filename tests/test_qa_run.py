@@ -119,19 +119,27 @@ def test_other_settings_are_refused_and_named(examinee, videos, tiny_model):
     tiny_model.lm_head.weight.data.add_(1.0)
     for other, problem in (
         (replace(examinee, way="letter"), "way: 'text' before, 'letter' now"),
-        (replace(examinee, model=tiny_model), "weights: "),
+        (replace(examinee, model=tiny_model), "other weights than before"),
     ):
         with pytest.raises(KokaneeError, match=problem):
             begin(other, videos, out)
     settings = settings_of(examinee, QUESTIONS, videos)
     for changed, problem in (
-        ({"questions": settings_of(examinee, QUESTIONS[1:], videos)["questions"]}, "questions: "),
+        ({"questions": settings_of(examinee, QUESTIONS[1:], videos)["questions"]}, "other questions than before"),
         ({"processor": settings["processor"] | {"max_frames": 3}}, "max_frames: 240 before, 3 now"),
     ):
         with pytest.raises(KokaneeError, match=problem):
             run(out, examinee, by_video(QUESTIONS, videos), settings | changed)
     assert (out / "answers.jsonl").read_text() == before
     begin(replace(examinee, batch_size=1), videos, out)
+
+
+def test_answers_to_other_questions_about_a_file_are_not_taken_for_these(examinee, videos):
+    begin(examinee, videos, videos / "out")
+    fewer = [Question("first.mp4", "Is it loud?", "yes", "how", ("yes", "no"))]
+    settings = settings_of(examinee, QUESTIONS, videos)
+    (found,) = run(videos / "out", examinee, by_video(fewer, videos), settings)
+    assert [answer.question for answer in found.answers] == fewer
 
 
 def test_a_folder_of_something_else_is_refused(examinee, videos):

@@ -248,6 +248,15 @@ def test_a_file_by_several_names_and_links_is_one_video(tmp_path):
     assert (found.file, found.path, len(found.questions)) == ("a", tmp_path / "a.mp4", 5)
 
 
+def test_a_name_from_elsewhere_and_another_of_the_same_file_are_told(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    for names in (("x/a.mp4", "a.mp4"), ("a.mp4", "x/a.mp4"), ("x/a.mp4", "y/a.mp4")):
+        with pytest.raises(KokaneeError, match=r"both mean .*a\.mp4\. Name files by their paths below"):
+            by_video([Question(name, "What?", "x") for name in names], tmp_path)
+    (found,) = by_video([Question("x/a.mp4", "What?", "x")] * 2, tmp_path)
+    assert found.path == tmp_path / "a.mp4"
+
+
 def test_options_that_are_learnt_have_letters():
     question = Question("a.mp4", "What barks?", "a dog", options=("a cat", "a dog"))
     assert in_words(question) == (lettered(question), "B")

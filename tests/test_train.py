@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -129,13 +130,15 @@ def test_killed_and_continued_equals_uninterrupted_bit_for_bit(tmp_path, accumul
     assert {"weight/head.bias", "exp_avg/head.bias", "exp_avg_sq/head.bias", "step/head.bias"} <= names
 
 
-def test_a_step_done_twice_is_recorded_twice_and_equal(tmp_path):
+def test_a_step_done_twice_is_recorded_once_and_equal(tmp_path):
     with pytest.raises(Killed):
         train(Toy(), recipe(), tmp_path, killed_at(5))
+    before = read_jsonl(tmp_path / METRICS)
     train(Toy(), recipe(), tmp_path)
     records = read_jsonl(tmp_path / METRICS)
-    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 5, 6]
-    assert {**records[4], "steps_per_s": 0} == {**records[5], "steps_per_s": 0}
+    assert [record["step"] for record in before] == [1, 2, 3, 4, 5]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert {**records[4], "steps_per_s": 0} == {**before[4], "steps_per_s": 0}
 
 
 def test_a_finished_run_does_nothing_again_and_gives_its_last_figures(tmp_path):
@@ -172,6 +175,13 @@ def test_a_folder_in_which_nothing_was_done_takes_other_settings(tmp_path):
     claim(tmp_path / "new", recipe())
     claim(tmp_path / "new", recipe(learning_rate=0.1))
     assert json.loads((tmp_path / "new" / "state.json").read_text())["recipe"]["learning_rate"] == 0.1
+
+
+def test_names_that_are_no_text_are_settings_as_well(tmp_path):
+    for _ in range(2):
+        claim(tmp_path, recipe(model=os.fsdecode(b"caf\xe9")), {"weights": "a"}, begun=("state.json",))
+    with pytest.raises(KokaneeError, match="model: "):
+        claim(tmp_path, recipe(model="cafe"), {"weights": "a"}, begun=("state.json",))
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):

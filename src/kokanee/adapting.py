@@ -3,6 +3,7 @@ clips."""
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,9 @@ from kokanee.runs import Run, defaults_of, tasks_for, told
 from kokanee.train import train
 from kokanee.tuning import Lora, Source, Tuning
 
+logger = logging.getLogger("kokanee")
+OF_HELD_OUT = "of a file that is held out"
+
 GREEDY, SAMPLED = "validation", "validation-sampled"
 
 
@@ -38,6 +42,20 @@ def adapted(model: Kokanee, lora: Lora) -> PeftModel:
         return wrapped(model, config)
     except ValueError as error:
         raise KokaneeError(f"lora.modules: {error}. Name parts of the decoder's layers, such as q_proj.") from error
+
+
+def apart(run: Run[Any], lessons: Sequence[Lesson]) -> list[Lesson]:
+    """The lessons without those that are of the same file as one of the first, by which is checked what was learnt."""
+    checked = {run.clips.origin(lesson.number) for lesson in lessons[: run.recipe.n_held_out]}
+    found = [
+        lesson
+        for place, lesson in enumerate(lessons)
+        if place < run.recipe.n_held_out or run.clips.origin(lesson.number) not in checked
+    ]
+    if len(found) < len(lessons) and run.team.is_main:
+        lost, total = len(lessons) - len(found), len(lessons)
+        logger.warning("%d of %d clips are not learnt: their files are held out, to check by", lost, total)
+    return found
 
 
 def fit(
@@ -94,7 +112,7 @@ def evaluated(run: Run[Any], data: Source, place: Path, label: str, moved: bool)
     recipe, clips, made = run.recipe, run.validation, {}
     assert clips is not None
     numbers = range(min(recipe.validation_clips, len(clips)))
-    tasks = tasks_for(run, data, "validation", numbers, "validation")
+    tasks = tasks_for(run, data, "validation", numbers, "validation", place)
     made["clips"] = len(tasks)
     limits = {"seed": recipe.seed, "max_new_tokens": recipe.max_new_tokens}
     greedy = Decoding(repetition_penalty=defaults_of(recipe, data).repetition_penalty, **limits)  # as it is used

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 import numpy as np
 
 from kokanee.defaults import Defaults
-from kokanee.errors import KokaneeError
+from kokanee.errors import KokaneeError, TooLittleMemory
 from kokanee.files import is_image
 from kokanee.media import Clip, file_length_s, named, read_image
 
@@ -325,8 +325,7 @@ class FileCaptioner(ABC):
         clip = self.read(request)
         notes += clip.notes
         sample = self.sample(clip, asked, notes)
-        if request.end_s is not None and clip.end_s < request.end_s - ROUNDING_S:
-            notes.append(f"the file ends at {clip.end_s:.2f} s, before the end that was asked for")
+        notes += ended_before(clip.end_s, request.end_s)
         return Prepared(sample, name, clip.start_s, clip.end_s, tuple(notes))
 
     def each(
@@ -365,10 +364,18 @@ def ahead(items: Iterable[Given], work: Callable[[Given], Item]) -> Iterator[Ite
             yield made.result()
 
 
+def ended_before(end_s: float, wanted_s: float | None) -> list[str]:
+    """A note where a file's end comes before the end of the interval that was asked about."""
+    early = wanted_s is not None and end_s < wanted_s - ROUNDING_S
+    return [f"the file ends at {end_s:.2f} s, before the end that was asked for"] if early else []
+
+
 def attempt(work: Callable[[], Item]) -> Item | KokaneeError:
     """What `work` gives, or a `KokaneeError` like the one that it raises, without what that keeps in memory."""
     try:
         return work()
+    except TooLittleMemory as error:
+        return TooLittleMemory(str(error))
     except KokaneeError as error:
         return KokaneeError(str(error))
 

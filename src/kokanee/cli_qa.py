@@ -21,7 +21,7 @@ from kokanee.cli_caption import (
     local_captioner,
     remote_captioner,
 )
-from kokanee.console import bar, counted, key_value, say
+from kokanee.console import bar, counted, key_value, said_when_stopped, say
 from kokanee.errors import KokaneeError
 from kokanee.formats import check_writable, read_json
 
@@ -123,7 +123,8 @@ def qa(
     say(f"{model}: {counted(number_of(kept), 'question')} about {counted(len(kept), 'video')}, by {way}")
     if again := asked_again(kept):
         say(f"{counted(again, 'question')} asked more than once about the same video; each counts as often")
-    tell(marked(examinee, kept, asked, folder, out, others), number_of(chosen) - number_of(kept), others)
+    found = marked(captioner.name, examinee, kept, asked, folder, out, others)
+    tell(found, number_of(chosen) - number_of(kept), others)
 
 
 def asked_again(videos: Sequence[Video]) -> int:
@@ -144,6 +145,7 @@ def examinee_of(captioner: FileCaptioner, way: Way, batch_size: int, asked: Sequ
 
 
 def marked(
+    name: str,
     examinee: Examinee,
     videos: Sequence[Video],
     asked: Sequence[Question],
@@ -151,15 +153,16 @@ def marked(
     out: Path | None,
     others: Mapping[str, Sequence[Answered]],
 ) -> list[Answered]:
-    """The videos with their marked questions, kept in `out`, and a bar for them."""
+    """The videos with their marked questions, kept in `out` with the model's name, and a bar for them."""
     from kokanee.qa_run import run, settings_of
 
     found: list[Answered] = []
     with bar() as progress:
         task = progress.add_task("videos", total=len(videos))
         if out is not None:
-            settings = settings_of(examinee, asked, folder)
-            return run(out, examinee, videos, settings, lambda done: progress.update(task, completed=done), others)
+            settings = settings_of(examinee, asked, folder) | {"name": name}
+            with said_when_stopped(f"What is done is in {out}; the same command again goes on."):
+                return run(out, examinee, videos, settings, lambda done: progress.update(task, completed=done), others)
         for answered in examinee.each(videos):
             found.append(answered)
             progress.update(task, completed=len(found))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kokanee.console import bar, key_value, say
+from kokanee.console import bar, key_value, said_when_stopped, say
 from kokanee.errors import KokaneeError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def reproduce(
     minutes = left(settings, out)
     if minutes:
         say(f"{out}: about {lasting(minutes)} left {'on two cores' if device == 'cpu' else 'on a GPU'}")
-    with steps_progress() as report:
+    with said_when_stopped(f"{out}: the same command again goes on."), steps_progress() as report:
         anything = work(settings, out, report, beside or ())
     if not anything:
         say(f"{out} is finished: nothing was left to do.")

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from kokanee.console import bar, key_value, say
+from kokanee.console import bar, key_value, said_when_stopped, say
 from kokanee.errors import KokaneeError
 from kokanee.launch import as_worker, check_devices, is_main, is_worker, launch
 
@@ -64,7 +64,8 @@ def train(
                 param_hint="[STAGE] RECIPE",
             )
     elif named not in ([], [stage]):
-        raise typer.BadParameter(f"{path} is a recipe of the stage {stage!r}", param_hint="[STAGE] RECIPE")
+        unknown = "" if len(named) == 1 and named[0] in (MRDPO, SFT, *stages()) else f"{' '.join(named)} is no stage; "
+        raise typer.BadParameter(f"{unknown}{path} is a recipe of the stage {stage!r}", param_hint="[STAGE] RECIPE")
     for name, value in (("rounds", rounds), ("steps", steps_per_round)):
         if value is not None and stage != MRDPO:
             raise typer.BadParameter(f"only {MRDPO} has rounds, and {path} is a recipe of the stage {stage!r}")
@@ -72,12 +73,13 @@ def train(
             settings[name] = value
             sets.append(f"{name}={value}")
     works = {MRDPO: train_rounds, REBIRTH: train_rebirth}
-    works.get(stage, train_stage)(
-        settings,
-        f"{path} with {', '.join(sets)}" if sets else str(path),
-        out,
-        ["train", str(path), "--out", str(out), *(word for item in sets for word in ("--set", item))],
-    )
+    with said_when_stopped(f"{out}: the same command again goes on from the last checkpoint (save_every)."):
+        works.get(stage, train_stage)(
+            settings,
+            f"{path} with {', '.join(sets)}" if sets else str(path),
+            out,
+            ["train", str(path), "--out", str(out), *(word for item in sets for word in ("--set", item))],
+        )
 
 
 def pairs(
@@ -99,14 +101,18 @@ def pairs(
 
 def stage_of(settings: dict[str, Any], path: Path) -> str:
     """The stage that a recipe is of. Raises `KokaneeError` where there is none of this name."""
+    stage = settings.get("stage")
+    if stage not in stages():
+        there = f"there is no stage {stage!r}" if "stage" in settings else "it names no stage"
+        raise KokaneeError(f"{path}: {there}. Give one of {', '.join(stages())}.")
+    return str(stage)
+
+
+def stages() -> tuple[str, ...]:
+    """All stages, as recipes name them."""
     from kokanee.recipes import Stage
 
-    stages = (*get_args(Stage), MRDPO, REBIRTH)
-    stage = settings.get("stage")
-    if stage not in stages:
-        there = f"there is no stage {stage!r}" if "stage" in settings else "it names no stage"
-        raise KokaneeError(f"{path}: {there}. Give one of {', '.join(stages)}.")
-    return str(stage)
+    return (*get_args(Stage), MRDPO, REBIRTH)
 
 
 def shared(processes: int, settings: dict[str, Any], command: Sequence[str]) -> int:

@@ -20,11 +20,11 @@ from safetensors import safe_open
 
 from kokanee.captions import ahead
 from kokanee.conversations import block_of, digest
-from kokanee.errors import KokaneeError
+from kokanee.errors import KokaneeError, TooLittleMemory
 from kokanee.events import AtomicEvent
 from kokanee.features import Features, read_store
 from kokanee.files import by_names, file_key
-from kokanee.formats import append_jsonl, read_jsonl
+from kokanee.formats import append_jsonl, read_jsonl, write_jsonl
 from kokanee.ground_truth import Truth, place, read_ground_truth
 from kokanee.model import Kokanee
 from kokanee.predictions import read_predictions
@@ -76,6 +76,10 @@ class Clips(Protocol):
         """The files that they are in; none where their features are kept."""
         ...
 
+    def origin(self, number: int) -> str:
+        """What a clip is of, which other clips may be of as well: a file, or a scene of the world."""
+        ...
+
     def readable(self, numbers: Sequence[int], report: Callable[[int, int], None], share: tuple[int, int]) -> None:
         """Encode those that are not yet; `share` (k, n): every n-th of them, from the k-th on."""
         ...
@@ -84,8 +88,9 @@ class Clips(Protocol):
         """Clips that could not be read, and why."""
         ...
 
-    def try_again(self) -> None:
-        """Forget which clips could not be read, so that they are tried when they are wanted again."""
+    def try_again(self, memory: bool = False) -> None:
+        """Forget which clips could not be read, so that they are tried when they are wanted again; `memory`: those
+        alone for which the device had too little of it."""
         ...
 
     def forget(self, numbers: Sequence[int]) -> None:
@@ -155,6 +160,9 @@ class WorldClips:
     def files(self) -> list[Path]:
         return []
 
+    def origin(self, number: int) -> str:
+        return str(self.features[number].stretch.index)
+
     def readable(self, numbers: Sequence[int], report: Callable[[int, int], None], share: tuple[int, int]) -> None:
         missing = [number for number in numbers if number not in self.heard]
         for at in range(0, len(missing), HEARD_TOGETHER):  # here, as processes that make batches may have no device
@@ -163,7 +171,7 @@ class WorldClips:
     def failed(self) -> dict[int, str]:
         return {}
 
-    def try_again(self) -> None:
+    def try_again(self, memory: bool = False) -> None:
         pass
 
     def forget(self, numbers: Sequence[int]) -> None:
@@ -250,6 +258,9 @@ class FileClips:
     def files(self) -> list[Path]:
         return list({one.path: None for one in self.known})
 
+    def origin(self, number: int) -> str:
+        return str(self.known[number].path.resolve())
+
     def readable(self, numbers: Sequence[int], report: Callable[[int, int], None], share: tuple[int, int]) -> None:
         failed = self.failed()
         mine = list(numbers)[share[0] :: share[1]]  # first: what others have written must not change whose turn it is
@@ -266,6 +277,7 @@ class FileClips:
             else:
                 record = {"clip": number, "file": place(self.known[number].truth), "reason": str(view)}
                 record["version_of_file"] = version_of(self.known[number].path)
+                record["memory"] = isinstance(view, TooLittleMemory)
                 append_jsonl(self.store / UNREADABLE.format(share[0]), [record])
             report(done, len(missing))
         if unusual:
@@ -281,9 +293,12 @@ class FileClips:
         ]
         return {record["clip"]: record["reason"] for record in same}
 
-    def try_again(self) -> None:
+    def try_again(self, memory: bool = False) -> None:
         for path in self.store.glob(UNREADABLE.format("*")):
-            path.unlink(missing_ok=True)
+            records = read_jsonl(path)
+            left = [record for record in records if memory and not record.get("memory")]
+            if left != records:
+                write_jsonl(path, left)
 
     def forget(self, numbers: Sequence[int]) -> None:
         for number in numbers:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,16 @@ LINE_EVERY_S = float(os.environ.get("KOKANEE_LINE_EVERY_S", 60.0))
 def say(text: str) -> None:
     """A line on standard error."""
     typer.echo(text, err=True)
+
+
+@contextmanager
+def said_when_stopped(text: str) -> Iterator[None]:
+    """Says on Ctrl-C what becomes of what was done."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(text)
+        raise
 
 
 def counted(number: int, what: str) -> str:

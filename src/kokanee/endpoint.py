@@ -110,7 +110,9 @@ class Endpoint:
         if self.budget_money is not None and self.prices is None:
             raise KokaneeError("A budget of money needs prices. Give those of a million tokens in and out.")
         if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
-            raise KokaneeError(f"{self.base_url} is no address of a server. Let it begin with http:// or https://.")
+            raise KokaneeError(
+                f"{self.base_url} is no address of a server (base_url). Let it begin with http:// or https://."
+            )
         if self.base_url is None and not self.key:
             raise KokaneeError(
                 f"{self.key_name} is not set. Set it to your key, or name another server (--base-url; in a recipe "

@@ -20,6 +20,8 @@ import numpy as np
 RESAMPLES = 2000
 DRAWN_TOGETHER = 2**20  # videos of draws, to bound memory
 OTHER = "other"
+UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+"""Japanese and Chinese characters, as a range of a regular expression."""
 
 
 @dataclass(frozen=True)
@@ -193,14 +195,20 @@ def ends(values_R: np.ndarray, level: float) -> tuple[float, float]:
     return low, high
 
 
+def words(text: str) -> list[str]:
+    """The words of a text: runs of letters, digits and apostrophes, and each Chinese or Japanese character, as these
+    are written without spaces."""
+    return re.findall(rf"[{UNSPACED}]|(?:(?![{UNSPACED}])[\w'])+", text)
+
+
 def repetition_rate(caption: str, n: int = 5) -> float:
     """The share of a caption's words that lie in an n-word sequence which the caption has already said, 0 to 1.
 
-    Words are lower-case runs of letters, digits and apostrophes; sequences run across sentences. A sequence that
+    Words are as `words` has them; sequences run across sentences. A sequence that
     begins at word i is a repetition if the same n words also begin at some word before i (the two may overlap). All n
     of its words count, each word once however many such sequences hold it. 0 for a caption of at most n words.
     """
-    said = re.findall(r"[\w']+", caption.lower())
+    said = words(caption.lower())
     seen: set[tuple[str, ...]] = set()
     repeated: set[int] = set()
     for start in range(len(said) - n + 1):

@@ -75,7 +75,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises `KokaneeError` if it is missing or broken."""
     path = Path(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(**UTF8))
     except FileNotFoundError:
         raise KokaneeError(f"{path} is missing. Give the folder of a complete checkpoint.") from None
     except (OSError, ValueError) as error:

@@ -150,7 +150,8 @@ def read_published(path: Path) -> list[Truth]:
 def of_record(record: Any, where: str) -> Truth:
     """One record of Kokanee's own format. People edit them, so that a mistake is told with its line."""
     if not isinstance(record, dict) or record.get("version") != VERSION or not {"file", "events"} <= record.keys():
-        raise KokaneeError(f"{where} is no record of events in version {VERSION}. Give a file of events.")
+        form = f'{{"version": {VERSION}, "file": ..., "events": [...]}}'
+        raise KokaneeError(f"{where} is no record of events in version {VERSION}, which is {form}. Mend the line.")
     file, start_s, end_s, events = (record.get(name) for name in ("file", "start_s", "end_s", "events"))
     if not isinstance(file, str) or not is_interval(start_s, end_s):
         raise KokaneeError(f"{where}: no file's name, or no interval of seconds. Mend the line.")

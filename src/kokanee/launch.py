@@ -40,6 +40,14 @@ def check_devices(processes: int) -> None:
         )
 
 
+def check_gpu(device: str) -> None:
+    """Raise `KokaneeError` where a recipe's device is a GPU, and there is none."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise KokaneeError("device: cuda, but there is no GPU that torch can use. Give auto or cpu.")
+
+
 def launch(processes: int, command: Sequence[str]) -> int:
     """Run `kokanee COMMAND` as several processes; the exit code. Raises the `KokaneeError` that one of them left."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -47,6 +55,7 @@ def launch(processes: int, command: Sequence[str]) -> int:
     from torch.distributed.run import parse_args, run
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ[FOLLOWED] = str(os.getpid())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         run(parse_args(["--standalone", "--nproc-per-node", str(processes), "--module", "kokanee", *command]))
@@ -58,19 +67,22 @@ def launch(processes: int, command: Sequence[str]) -> int:
         return failure.exitcode if 0 < failure.exitcode < 128 else 1
     except SignalException:
         raise KeyboardInterrupt from None
+    finally:
+        os.environ.pop(FOLLOWED, None)
     return 0
 
 
 def follow() -> None:
-    """End this process when the one that began it is gone, if it says that it wants so; and all that this one began."""
-    starter = os.environ.pop(FOLLOWED, "")
+    """End this process when the one that began it is gone, if that says that it wants so or is a launcher; and all that
+    this one began."""
+    starter = int(os.environ.pop(FOLLOWED, 0)) or (os.getppid() if is_worker() else 0)
     if starter:
-        threading.Thread(target=end_with, args=(int(starter),), daemon=True).start()
+        threading.Thread(target=end_with, args=(starter,), daemon=True).start()
 
 
-def end_with(launcher: int) -> None:
-    """End this process when its launcher is gone: nobody else would."""
-    while os.getppid() == launcher:
+def end_with(starter: int) -> None:
+    """End this process when the one that began it is gone, which may be so already: nobody else would."""
+    while os.getppid() == starter:
         time.sleep(WATCHED_S)
     os._exit(1)
 
@@ -83,8 +95,6 @@ def as_worker() -> Iterator[None]:
     to the launcher, which tells it once.
     """
     code = 0
-    if is_worker():
-        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     try:
         yield
     except KokaneeError as error:

@@ -23,7 +23,7 @@ import torch
 from accelerate.utils import gather_object
 
 from kokanee.adapters import load_adapter, merge
-from kokanee.adapting import adapted, evaluated, fit, keep_adapter
+from kokanee.adapting import OF_HELD_OUT, adapted, apart, evaluated, fit, keep_adapter
 from kokanee.checkpoints import load, save
 from kokanee.clips import Task
 from kokanee.drafts import candidates, device_of, figures, verdicts
@@ -53,7 +53,7 @@ from kokanee.runs import (
     team_of,
     told,
 )
-from kokanee.train import CHECKPOINT, LESS, STATE, claim
+from kokanee.train import CHECKPOINT, LESS, claim, is_begun
 from kokanee.weights import cast
 
 VERSION = 1
@@ -83,7 +83,8 @@ class Rounds(Run[MrdpoRecipe]):
 
 def opened(recipe: MrdpoRecipe, folder: Path, report: Progress) -> Rounds:
     """The run with its model and clips; the folder is the recipe's from now on."""
-    begun = (folder / STATE).is_file()
+    begins = (f"round-{0:02d}", MEDIA)
+    begun = is_begun(folder, begins)
     check_server(recipe, begun)
     team = team_of(recipe)
     if recipe.loss in WITH_PAIRS and recipe.samples * len(recipe.temperatures) < 2:
@@ -99,6 +100,7 @@ def opened(recipe: MrdpoRecipe, folder: Path, report: Progress) -> Rounds:
             f"clips: {recipe.clips} in a round, but there are {len(clips)}. Lower it, or give more clips."
         )
     check_enough(recipe.clips, recipe)
+    check_done(recipe, folder)
     if not begun:
         check_files(recipe, sources[0], "train", clips)
         check_files(recipe, sources[1], "validation", validation)
@@ -106,12 +108,22 @@ def opened(recipe: MrdpoRecipe, folder: Path, report: Progress) -> Rounds:
     check_exact(recipe, (clips, validation))
     check_adapted(recipe, model)
     start = start_of(model, processor, {"train": clips, "validation": validation})
-    claim(folder, recipe, start, begun=(run.place(0).name, MEDIA), free=FREE_IN_ROUNDS, brought=(REPLIES,))
+    claim(folder, recipe, start, begun=begins, free=FREE_IN_ROUNDS, brought=(REPLIES,))
     team.wait()  # nobody is writing the state any more
     if team.is_main:
         remove_unfinished(folder)  # only now: the folder is the run's
     team.wait()  # before anybody writes
     return run
+
+
+def check_done(recipe: MrdpoRecipe, folder: Path) -> None:
+    """Raise `KokaneeError` where more rounds are done than are wanted: the model of the last would be lost."""
+    done = len(list(folder.glob(f"round-*/{FIGURES}"))) - 1
+    if done > recipe.rounds:
+        raise KokaneeError(
+            f"{folder} has {done} rounds already, and its model is of them. Give rounds: {done} or more; kokanee "
+            "convert makes the model of an earlier round of the adapters up to it."
+        )
 
 
 def check_enough(n_lessons: int, recipe: MrdpoRecipe, number: int = 0, lost: dict[str, int] | None = None) -> None:
@@ -162,7 +174,7 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
         greedy = row["greedy"]
         cells = [greedy[name] for name in ("missed", "incorrect", "hallucinated", "total", "repetition", "words")]
         shown = [*cells, row["sampled"]["total"], row["qa"], row.get("kl")]
-        numbers = " | ".join("" if value is None else f"{value:.1f}" for value in shown)
+        numbers = " | ".join("" if value is None else f"{round(value, 1) + 0.0:.1f}" for value in shown)  # never -0.0
         lines.append(f"| {row['round']} | {numbers} |")
     return lines
 
@@ -265,8 +277,12 @@ def learnt(run: Rounds, number: int) -> dict[str, Any]:
     if number < recipe.qa_from_round:
         lessons = [replace(lesson, questions=()) for lesson in lessons]
     random.Random(f"{recipe.seed}/{number}/lessons").shuffle(lessons)
-    check_enough(len(lessons), recipe, number, made.get("pairs", {}).get("dropped", {}))
-    made["training"] = run.timed("train", lambda: trained(run, number, lessons))
+    dropped_by = dict(made.get("pairs", {}).get("dropped", {}))
+    left = apart(run, lessons)
+    if len(left) < len(lessons):
+        dropped_by[OF_HELD_OUT] = len(lessons) - len(left)
+    check_enough(len(left), recipe, number, dropped_by)
+    made["training"] = run.timed("train", lambda: trained(run, number, left))
     return made
 
 
@@ -280,7 +296,8 @@ def numbers_of(run: Rounds, number: int) -> list[int]:
 
 def tasks_of(run: Rounds, number: int) -> list[Task]:
     """The clips of a round that can be read, in groups of like length."""
-    return tasks_for(run, run.recipe.data.train, "train", numbers_of(run, number), f"{run.recipe.seed}/{number}")
+    key = f"{run.recipe.seed}/{number}"
+    return tasks_for(run, run.recipe.data.train, "train", numbers_of(run, number), key, run.place(number))
 
 
 def lesson_of(task: Task, pairs: Sequence[tuple[str, str]] = (), cut_off: Sequence[str] = ()) -> Lesson:

@@ -314,7 +314,7 @@ def training_plots(recipe: Mapping[str, Any], rounds: Sequence[Round]) -> list[s
     return [
         plot("Pairs", "a round", pairs, n_rounds, 0),
         plot("Error of the pairs' captions", "of events and words, weighed as for pairs", scores, n_rounds, 2),
-        plot("KL to the round's reference", f"nats a caption{first_only}", moved, n_rounds, 2),
+        plot("KL to the round's reference", f"nats a caption, estimated{first_only}", moved, n_rounds, 2),
         plot("Reward margin", "", learnt("margin"), n_rounds, 2),
         plot("Accuracy", "share of pairs with chosen above rejected", learnt("accuracy"), n_rounds, 2),
         plot("Loss", "", learnt("loss"), n_rounds, 3),

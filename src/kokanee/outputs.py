@@ -92,7 +92,8 @@ def read_records(path: str | Path) -> dict[str, Record]:
         known = isinstance(record, dict) and record.get("version") == VERSION and "file" in record
         if not known or not ("error" in record or "captions" in record):
             raise KokaneeError(
-                f"{path}, line {number} is no record of a caption in version {VERSION}. Choose another file."
+                f'{path}, line {number} is no record of a caption in version {VERSION}, nor {{"file": ..., "caption": '
+                "...}. Mend the line, or choose another file."
             )
         found[key_of(record)] = record
     return found

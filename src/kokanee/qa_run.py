@@ -28,6 +28,7 @@ from kokanee.questions import Question, Video
 from kokanee.views import version_of
 
 VERSION = 1
+HASHED = ("questions", "weights")
 STATE, ANSWERS, SCORES = "state.json", "answers.jsonl", "scores.json"
 
 
@@ -106,7 +107,9 @@ def check_same(out: Path, settings: dict[str, Any]) -> None:
     state = out / STATE
     if not state.is_file():
         write_json(state, settings)
-    differing = differences(*map(compared, (read_json(state), settings)))
+    was, now = map(compared, (read_json(state), settings))
+    differing = [f"other {name} than before" for name in HASHED if was.pop(name, None) != now.pop(name, None)]
+    differing += differences(was, now)
     if differing:
         raise KokaneeError(
             f"{out} was made with other settings ({'; '.join(differing)}). Use the same, or another folder."
@@ -114,8 +117,9 @@ def check_same(out: Path, settings: dict[str, Any]) -> None:
 
 
 def compared(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with each of the processor's by its own name. A server's address is none: it may move."""
-    apart = ("processor", "server")
+    """Settings with each of the processor's by its own name. A server's address is none, nor is a model's name: both
+    may move."""
+    apart = ("processor", "server", "name")
     return {name: value for name, value in settings.items() if name not in apart} | settings.get("processor", {})
 
 
@@ -145,6 +149,8 @@ def kept(video: Video, record: dict[str, Any] | None) -> Answered | None:
     """The answers of an earlier run about the file as it is now; None where there are none."""
     if record is None or "error" in record or record["version_of_file"] != version_of(video.path):
         return None
+    if [asked.question for asked in video.questions] != [answer["question"] for answer in record["answers"]]:
+        return None  # another name was found to be this file since
     rows = zip(video.questions, record["answers"], strict=True)
     marked = tuple(Marked(q, a["said"], a["right"], tuple(a.get("log_probs", ()))) for q, a in rows)
     return Answered(video, marked, notes=tuple(record.get("notes", ())))

@@ -254,14 +254,19 @@ def in_words(question: Question) -> tuple[str, str]:
 def by_video(questions: Sequence[Question], folder: Path) -> list[Video]:
     """The questions of each file of a folder, in the order in which files are first asked about.
 
-    Files are found as by `files.by_names`. Raises `KokaneeError` where that does, and where none of the files is there;
-    single files that are missing are told when they are read.
+    Files are found as by `files.by_names`. Raises `KokaneeError` where that does, where a name that starts from
+    elsewhere means the same file as another, and where none of the files is there; single files that are missing are
+    told when they are read.
     """
     path_of = by_names(folder)
     found: dict[Path, list[Question]] = {}
     named: dict[Path, Path] = {}
+    names: dict[Path, str] = {}  # the first of each file
     for question in questions:
         path = path_of(question.file)
+        both = {names.setdefault(path, question.file), question.file}
+        if len(both) > 1 and any((folder / name).parent.resolve() != path.parent.resolve() for name in both):
+            raise KokaneeError(f"{' and '.join(both)} both mean {path}. Name files by their paths below {folder}.")
         first = named.setdefault(path.resolve(), path)  # of a file by several names or links
         found.setdefault(first, []).append(question)
     if not any(path.is_file() for path in found):

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import gather_object
 from pydantic import BaseModel, Field, model_validator
 
 from kokanee.adapters import load_adapter, merge
-from kokanee.adapting import adapted, evaluated, fit, keep_adapter
+from kokanee.adapting import OF_HELD_OUT, adapted, apart, evaluated, fit, keep_adapter
 from kokanee.caption_run import Task as Asking
 from kokanee.captions import Decoding, FileCaptioner
 from kokanee.checkpoints import save
@@ -30,7 +31,7 @@ from kokanee.clips import Clips, FileData, Task, WorldClips, questions_of
 from kokanee.conversations import digest
 from kokanee.drafts import Team, Writer, candidates, device_of, figures, verdicts
 from kokanee.errors import KokaneeError, memory_said
-from kokanee.events import Counts, repetition_rate
+from kokanee.events import Counts, repetition_rate, words
 from kokanee.formats import alone_in, read_json, remove_unfinished, write_json, write_jsonl
 from kokanee.ground_truth import read_ground_truth
 from kokanee.launch import is_main
@@ -48,6 +49,7 @@ from kokanee.runs import (
     check_server,
     clips_of,
     defaults_of,
+    folder_of,
     model_of,
     start_of,
     tasks_for,
@@ -66,7 +68,7 @@ from kokanee.teaching import (
     teacher_of,
     videos_in,
 )
-from kokanee.train import CHECKPOINT, LESS, STATE, claim
+from kokanee.train import CHECKPOINT, LESS, claim, is_begun
 from kokanee.tuning import FORBID, FREE, Source, Tuning
 from kokanee.weights import cast, fingerprint
 
@@ -97,12 +99,12 @@ class Keep(BaseModel):
 
     def reason(self, caption: str, finished: bool, known: bool, counts: Counts | None) -> str:
         """Why a caption is not learnt, "" where it is. known: the clip has events; counts: what is wrong with it."""
-        words, most = len(caption.split()), float("inf")
+        n_words, most = len(words(caption)), float("inf")
         if not finished and not self.cut_off:
             return "cut off"
-        if words < self.min_words:
+        if n_words < self.min_words:
             return "too short"
-        if words > (self.max_words or most):
+        if n_words > (self.max_words or most):
             return "too long"
         if self.max_repetition is not None and repetition_rate(caption) > self.max_repetition:
             return "repeats itself"
@@ -195,7 +197,8 @@ def opened(
 ) -> tuple[Run[RebirthRecipe], list[dict[str, Any]], list[Task]]:
     """The run with its student and clips, the captions that are there to be learnt, and what they are of; the folder is
     the recipe's from now on."""
-    begun = (folder / STATE).is_file()
+    begins = (SHARDS, CAPTIONS, VERDICTS, KEPT, TRAIN, MEDIA, BEFORE)
+    begun = is_begun(folder, begins)
     if recipe.keep.judged or recipe.data.validation is not None:
         check_server(recipe, begun)
     team = team_of(recipe)
@@ -220,8 +223,7 @@ def opened(
     teacher = model_of(recipe, str(recipe.teacher), (train,), device) if seen else None
     start = start_of(model, processor, {"train": clips, "validation": checked})
     start |= {} if teacher is None else {"teacher": fingerprint(teacher[0])}
-    start |= {"videos": digest([path.as_posix() for path in files])} if files else {}
-    begins = (SHARDS, CAPTIONS, VERDICTS, KEPT, TRAIN, MEDIA, BEFORE)
+    start |= known_of_files(train, files) if isinstance(train, FileData) and by_files else {}
     claim(folder, recipe, start, begun=begins, free=FREE, brought=(REPLIES,))
     team.wait()  # nobody is writing the state any more
     if team.is_main:
@@ -238,7 +240,7 @@ def opened(
     run = Run(recipe, folder, model.eval(), processor, clips, checked, team, report)
     numbers = list(range(len(clips)))
     random.Random(f"{recipe.seed}/clips").shuffle(numbers)
-    tasks = tasks_for(run, train, "train", numbers[: recipe.clips], f"{recipe.seed}/rebirth")
+    tasks = tasks_for(run, train, "train", numbers[: recipe.clips], f"{recipe.seed}/rebirth", folder)
     drafts = [draft_of(task) for task in tasks] if teacher is None else said_of_world(run, teacher, tasks)
     return run, drafts, tasks
 
@@ -256,7 +258,16 @@ def videos_of(recipe: RebirthRecipe, data: FileData, checked: Clips | None) -> l
         questions_of(Path(data.questions), Path(data.videos), {path.as_posix(): path for path in files})
     if is_remote(str(recipe.teacher)):
         server_of(str(recipe.teacher), recipe.teaching).check_reachable()
+    else:
+        folder_of("teacher", str(recipe.teacher))
     return files
+
+
+def known_of_files(data: FileData, files: Sequence[Path]) -> dict[str, str]:
+    """Which files a teacher captions, and what is known of them, as fingerprints."""
+    given = {"events": data.events, "questions": data.questions}
+    found = {name: digest([Path(path).read_bytes()]) for name, path in given.items() if path is not None}
+    return {"videos": digest([path.as_posix() for path in files])} | found
 
 
 def taught(
@@ -265,7 +276,7 @@ def taught(
     """The same data with the teacher's captions of these files, which are made where they are not there yet."""
     learning = (folder / MEDIA / "train").is_dir()  # from then on clips are known by their places in the captions
     there = learning or enough(folder, files, data.unreadable)
-    if not team.share([[None]], 0, lambda _: [there])[0]:  # the main process decides
+    if not gather_object([there])[0]:  # the main process decides
         dtype, alone = getattr(torch, recipe.dtype), is_remote(str(recipe.teacher))
 
         def asking(teacher: FileCaptioner) -> Asking:
@@ -337,28 +348,34 @@ def kept(
         write_jsonl(folder / KEPT, records)
     check_enough(len(records) - dropped.total(), recipe, dropped)
     random.Random(f"{recipe.seed}/lessons").shuffle(lessons)
+    left = apart(run, lessons)
+    if len(left) < len(lessons):
+        check_enough(len(left), recipe, dropped | Counter({OF_HELD_OUT: len(lessons) - len(left)}))
     shares = {"captions": len(records), "kept": len(records) - dropped.total(), "dropped": dict(dropped)}
-    return lessons, {**shares, "questions": sum(len(lesson.questions) for lesson in lessons), **made}
+    return left, {**shares, "questions": sum(len(lesson.questions) for lesson in left), **made}
 
 
 def check_clips(there: int, recipe: RebirthRecipe) -> None:
     """Raise `KokaneeError` where there are fewer clips than the recipe says, or than one step takes."""
     if recipe.clips is not None and recipe.clips > there:
         raise KokaneeError(f"clips: {recipe.clips}, but there are {there}. Lower it, or give more clips.")
-    check_enough(recipe.clips or there, recipe, Counter())
+    check_enough(recipe.clips or there, recipe)
 
 
-def check_enough(count: int, recipe: RebirthRecipe, dropped: Counter[str]) -> None:
-    """Raise `KokaneeError` where too few captions are kept for one step and the check of it."""
+def check_enough(count: int, recipe: RebirthRecipe, dropped: Counter[str] | None = None) -> None:
+    """Raise `KokaneeError` where too few captions are kept for one step and the check of it; dropped: why others were
+    not, None before there are any."""
     wanted = recipe.n_held_out + recipe.batch_size * recipe.processes * recipe.accumulate
     if count >= wanted:
         return
-    why = ", ".join(f"{number}: {reason}" for reason, number in dropped.items())
+    why = ", ".join(f"{number}: {reason}" for reason, number in (dropped or {}).items())
     head = f"{count} captions are kept ({why})" if dropped else f"There are {count} clips"
+    remedy = "Give more clips or smaller batches."
+    if dropped is not None:
+        remedy = "Begin in another folder with more clips, smaller batches or other rules (keep)."
     raise KokaneeError(
         f"{head}, but it takes {wanted}: {wanted - recipe.n_held_out} for one step and {recipe.n_held_out} to check by "
-        "(evaluate_batches x batch_size). Begin in another folder with more clips, smaller batches or other rules "
-        "(keep)."
+        f"(evaluate_batches x batch_size). {remedy}"
     )
 
 
@@ -391,7 +408,7 @@ def learnt(run: Run[RebirthRecipe], lessons: Sequence[Lesson]) -> dict[str, floa
 def measured(run: Run[RebirthRecipe], data: Source, place: Path, label: str) -> dict[str, Any]:
     """How good the student is now, by the validation clips; measured once."""
     path = place / FIGURES
-    if not run.team.share([[None]], 0, lambda _: [path.is_file()])[0]:
+    if not gather_object([path.is_file()])[0]:
         found = evaluated(run, data, place, label, run.adapted is not None)
         if run.team.is_main:
             write_json(path, found)

@@ -32,7 +32,7 @@ class Training(BaseModel):
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = Field(1.0, gt=0, description="longest gradient that is used unshortened")
     seed: int = 0
-    device: Literal["auto", "cpu"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     autocast_bf16: bool = Field(False, description="run the model's matrix products in bfloat16")
     log_every: int = Field(50, ge=1)
     evaluate_every: int = Field(500, ge=1)

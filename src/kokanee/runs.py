@@ -16,14 +16,15 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 
-from kokanee.checkpoints import load
+from kokanee.checkpoints import load, locate
 from kokanee.clips import Clips, FileClips, FileData, Task, WorldClips, WorldData
 from kokanee.defaults import Defaults, origin
 from kokanee.drafts import Team, Writer
 from kokanee.endpoint import Asker, Endpoint
 from kokanee.errors import KokaneeError
+from kokanee.formats import read_json, write_json
 from kokanee.judges import LanguageModelJudge
-from kokanee.launch import is_main
+from kokanee.launch import check_gpu, is_main
 from kokanee.model import Kokanee
 from kokanee.processor import Processor
 from kokanee.scoring import ExactJudge, Judge, ModelJudge
@@ -32,7 +33,9 @@ from kokanee.tuning import Source, Tuning
 from kokanee.weights import fingerprint
 
 logger = logging.getLogger("kokanee")
+VERSION = 1
 REPLIES, MEDIA = "replies.jsonl", "media"
+BEGUN_WITH = "{}-clips.json"  # which clips in files are learnt from or measured by
 SHARED_OUT = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 Progress = Callable[[str, int, int, dict[str, float]], None]
 Part = Literal["train", "validation"]
@@ -76,6 +79,7 @@ def team_of(recipe: Tuning) -> Team:
     """
     if any(os.environ.get(name) == "true" for name in SHARED_OUT):
         raise KokaneeError("Training shares clips among processes, not the model. Start it without FSDP and DeepSpeed.")
+    check_gpu(recipe.device)
     state = PartialState(cpu=recipe.device == "cpu", timeout=datetime.timedelta(days=7))
     state.wait_for_everyone()  # until all are connected: one that stopped before would be another's error
     if state.num_processes != recipe.processes:
@@ -97,7 +101,16 @@ def model_of(
         raise KokaneeError(
             "processor: features of the world's clips were made with the model's own settings. Leave processor out."
         )
-    return load(name, dtype="float32" if precise else recipe.dtype, device=device, **recipe.processor)
+    here = folder_of("model" if name == recipe.model else "teacher", name)
+    return load(here, dtype="float32" if precise else recipe.dtype, device=device, **recipe.processor)
+
+
+def folder_of(setting: str, name: str) -> Path:
+    """The folder of the model that a setting names. Raises `KokaneeError` that names the setting as well."""
+    try:
+        return locate(name)
+    except KokaneeError as error:
+        raise KokaneeError(f"{setting}: {error}") from error
 
 
 def defaults_of(recipe: Tuning, train: Source) -> Defaults:
@@ -204,19 +217,34 @@ def told(run: Run[Any], what: str) -> Callable[[int, int], None]:
     return lambda done, total: run.report(what, done, total, {})
 
 
-def tasks_for(run: Run[Any], data: Source, part: Part, numbers: Sequence[int], key: str) -> list[Task]:
+def tasks_for(run: Run[Any], data: Source, part: Part, numbers: Sequence[int], key: str, place: Path) -> list[Task]:
     """Tasks of the clips of these numbers that can be read, by length; `data`: the settings that the clips are of.
 
-    Raises `KokaneeError` where more of them cannot be read than the recipe allows.
+    Those in files stay the same in `place`, in their order, whatever is mended or replaced meanwhile. Raises
+    `KokaneeError` where more of them cannot be read than the recipe allows, or one of those that were there.
     """
     state, clips = run.team.state, run.clips if part == "train" else run.validation
     assert clips is not None
+    path = place / BEGUN_WITH.format(part)
+    begun = path.is_file()
+    numbers = read_json(path)["clips"] if begun else numbers
+    run.team.wait()  # all have looked
+    if run.team.is_main:
+        clips.try_again(memory=True)
+    run.team.wait()
     clips.readable(
         numbers, lambda done, total: run.report("read", done, total, {}), (state.process_index, state.num_processes)
     )
     run.team.wait()
     failed = clips.failed()
     lost = [number for number in numbers if number in failed]
+    if begun and lost:
+        run.team.wait()
+        clips.try_again()
+        raise KokaneeError(
+            f"{place} has begun with {len(lost)} files that cannot be read any more, such as: {failed[lost[0]]} Put "
+            "back what was there."
+        )
     if len(lost) > run.recipe.unreadable(data) * len(numbers):
         run.team.wait()
         clips.try_again()
@@ -232,5 +260,9 @@ def tasks_for(run: Run[Any], data: Source, part: Part, numbers: Sequence[int], k
             failed[lost[0]],
             run.folder / MEDIA / part,
         )
-    left = sorted((number for number in numbers if number not in failed), key=lambda n: (clips.n_tokens(n), n))
+    left = list(numbers)
+    if not begun:
+        left = sorted((number for number in numbers if number not in failed), key=lambda n: (clips.n_tokens(n), n))
+        if run.team.is_main and isinstance(clips, FileClips):
+            write_json(path, {"version": VERSION, "clips": left})
     return [clips.task(number, run.recipe.questions, key) for number in left]

@@ -3,14 +3,13 @@
 Every step's batch and random numbers follow from the seed and the step alone. A run that is killed and started again
 therefore goes on from its last checkpoint as if nothing had happened: bit for bit on a CPU.
 
-A run is a folder: `state.json` (the recipe; written first), `metrics.jsonl` (only grows; steps done again after a kill
-are written again), `tensorboard/`, and `checkpoint.safetensors`, replaced whole or not at all.
+A run is a folder: `state.json` (the recipe; written first), `metrics.jsonl` (grows; steps that are done again after a
+kill are taken out before), `tensorboard/`, and `checkpoint.safetensors`, replaced whole or not at all.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import multiprocessing
 import time
@@ -29,7 +28,18 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from kokanee.errors import KokaneeError, memory_said
-from kokanee.formats import append_jsonl, differences, flat, read_jsonl, refuse_foreign, replaced_file, write_json
+from kokanee.formats import (
+    append_jsonl,
+    differences,
+    flat,
+    read_json,
+    read_jsonl,
+    refuse_foreign,
+    replaced_file,
+    write_json,
+    write_jsonl,
+)
+from kokanee.launch import check_gpu
 from kokanee.recipes import Training
 
 Batch = dict[str, torch.Tensor]
@@ -123,6 +133,7 @@ def train(
     Raises `KokaneeError` when the folder holds a run with other settings or from another start, another number of
     processes runs than the recipe says, or a loss or gradient is not finite.
     """
+    check_gpu(recipe.device)
     accelerator = Accelerator(
         cpu=recipe.device == "cpu",
         mixed_precision="bf16" if recipe.autocast_bf16 else "no",
@@ -145,6 +156,8 @@ def train(
         fused=True,
     )
     step = restore(folder, trained, optimizer)
+    if accelerator.is_main_process:
+        forget_after(folder / METRICS, step)
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     accelerator.init_trackers("tensorboard")
     try:
@@ -169,11 +182,11 @@ def claim(
     with what differs. A run in which none of `begun` is there yet may be replaced; settings named in `free` may change;
     files named in `brought` may have been put there before. A setting that the run was begun without had its default.
     """
-    settings = {"recipe": json.loads(recipe.model_dump_json()), "start": start or {}}
+    settings = {"recipe": to_jsonable_python(recipe.model_dump()), "start": start or {}}
     known = folder / STATE
     refuse_foreign(folder, STATE, brought)
     if known.is_file():
-        before = json.loads(known.read_text(encoding="utf-8"))
+        before = read_json(known)
         fields = type(recipe).model_fields
         defaults = {
             name: to_jsonable_python(field.get_default(call_default_factory=True))
@@ -189,12 +202,17 @@ def claim(
         differing += [f"other {name} than before" for name in {**was, **now} if was.get(name) != now.get(name)]
         if not differing and before == settings:
             return
-        if differing and any((folder / name).exists() for name in begun):
+        if differing and is_begun(folder, begun):
             raise KokaneeError(
                 f"{folder} holds a run with other settings or another start ({'; '.join(differing)}). "
                 "Continue with the old ones, or choose another folder."
             )
     write_json(known, settings)
+
+
+def is_begun(folder: Path, begun: Sequence[str]) -> bool:
+    """Whether anything was done in a folder that is a recipe's: any of these is there."""
+    return (folder / STATE).is_file() and any((folder / name).exists() for name in begun)
 
 
 def is_in(name: str, settings: Sequence[str]) -> bool:
@@ -312,7 +330,8 @@ def check_finite(losses: list[float], norm: float, samples: list[str], step: int
     raise KokaneeError(
         f"Step {step + 1}: the loss is {loss} and the gradient's length {norm}"
         + (f", with samples {', '.join(samples)}" if samples else "")
-        + ". The weights were left as they were. Lower learning_rate, or look at these samples."
+        + ". The weights were left as they were. Look at these samples, or begin in another folder with a lower "
+        "learning_rate."
     )
 
 
@@ -360,6 +379,14 @@ def keep(folder: Path, step: int, trained: dict[str, nn.Parameter], optimizer: A
             tensors[f"{key}/{name}"] = torch.as_tensor(value).contiguous()
     with replaced_file(folder / CHECKPOINT) as unfinished:
         save_file(tensors, unfinished, metadata={"step": str(step)})
+
+
+def forget_after(metrics: Path, step: int) -> None:
+    """Take out the figures of later steps, which are done again."""
+    found = read_jsonl(metrics) if metrics.is_file() else []
+    left = [figures for figures in found if figures["step"] <= step]
+    if left != found:
+        write_jsonl(metrics, left)
 
 
 def restore(folder: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None = None) -> int:

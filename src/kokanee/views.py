@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from kokanee.captions import ahead, attempt
+from kokanee.captions import ahead, attempt, ended_before
 from kokanee.errors import KokaneeError, memory_said
 from kokanee.files import is_image
 from kokanee.formats import replaced_file
@@ -60,7 +60,7 @@ def show(processor: Processor, path: Path, start_s: float | None = None, end_s: 
         raise KokaneeError(f"{path} is a still image and has no intervals. Leave start and end out.")
     notes = list[str]()
     medium = read_image(path, notes) if is_image(path) else processor.read(path, start_s, end_s)
-    notes += () if isinstance(medium, np.ndarray) else medium.notes
+    notes += () if isinstance(medium, np.ndarray) else [*medium.notes, *ended_before(medium.end_s, end_s)]
     with named(path):
         return Shown(*processor.medium(medium), tuple(notes))
 
