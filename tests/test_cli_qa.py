@@ -136,6 +136,9 @@ def test_what_makes_answers_worthless_is_said(asked):
     assert "nano: knows the synthetic world" in said
     assert "3 questions about 1 video, by answer" in said
     assert "1 question asked more than once about the same video; each counts as often" in said
+    by_letter = kk(asked / "choices.json").stderr
+    assert "by letter" in by_letter and "nano has never read a list of options" in by_letter
+    assert "never read" not in said
 
 
 def test_a_longer_run_goes_on_from_a_shorter_one(asked, tiny_checkpoint):

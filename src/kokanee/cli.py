@@ -27,7 +27,7 @@ from kokanee.cli_reproduce import reproduce
 from kokanee.cli_score import agree, score
 from kokanee.cli_train import pairs, train, world
 from kokanee.errors import KokaneeError
-from kokanee.launch import follow
+from kokanee.launch import follow, is_worker
 
 PACKAGES = (
     "torch",
@@ -60,6 +60,8 @@ class Commands(TyperGroup):
         except KokaneeError as error:
             message, code = f"Error: {error}", 1
         except KeyboardInterrupt:
+            if is_worker():  # the launcher says it
+                raise typer.Exit(STOPPED) from None
             message, code = "Stopped.", STOPPED
         except OSError as error:
             if error.filename is not None:

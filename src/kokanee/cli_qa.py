@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 HEAD = "| kind | questions | right % | 95 % interval | chance % |"
 NONE = "–"
+NEVER_BY_LETTER = ("nano", "nano-sft")
 ENOUGH = 10  # videos, to tell how sure a share is
 
 
@@ -119,6 +120,8 @@ def qa(
         captioner = local_captioner(model, device, dtype, base, replaced)
     if captioner.defaults.note and not of_world(questions):
         say(f"{model}: {captioner.defaults.note}")
+    if way == "letter" and model in NEVER_BY_LETTER:
+        say(f"{model} has never read a list of options and is at chance by letter; --by text compares the options")
     examinee = examinee_of(captioner, way, batch_size, asked)
     say(f"{model}: {counted(number_of(kept), 'question')} about {counted(len(kept), 'video')}, by {way}")
     if again := asked_again(kept):

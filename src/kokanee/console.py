@@ -12,6 +12,8 @@ from typing import Any
 
 import typer
 
+from kokanee.launch import is_worker
+
 POWER_OF_TEN = re.compile(r"[+-]?\d+[eE][+-]?\d+")
 BAR_WIDTH = 16  # leaves room for figures where a line has 80 columns
 LINE_EVERY_S = float(os.environ.get("KOKANEE_LINE_EVERY_S", 60.0))
@@ -24,11 +26,12 @@ def say(text: str) -> None:
 
 @contextmanager
 def said_when_stopped(text: str) -> Iterator[None]:
-    """Says on Ctrl-C what becomes of what was done."""
+    """Says on Ctrl-C what becomes of what was done; of several processes the launcher does."""
     try:
         yield
     except KeyboardInterrupt:
-        say(text)
+        if not is_worker():
+            say(text)
         raise
 
 

@@ -56,7 +56,9 @@ def launch(processes: int, command: Sequence[str]) -> int:
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ[FOLLOWED] = str(os.getpid())
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", *logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # some have levels of their own
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         run(parse_args(["--standalone", "--nproc-per-node", str(processes), "--module", "kokanee", *command]))
     except ChildFailedError as error:
