@@ -19,6 +19,7 @@ from kokanee.events import (
     rates,
     repetition_rate,
     right_difference,
+    word_count,
 )
 
 EVENTS = (AtomicEvent("A dog runs", "seen"), AtomicEvent("It barks", "heard"), AtomicEvent("Rain falls"))
@@ -74,6 +75,10 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
         low, high = interval(counts, lambda r: r.missed, level=0.8, seed=trial)
         held += low <= 30.0 <= high
     assert 36 <= held <= 58
+
+
+def test_words_are_counted_between_spaces_and_by_characters_where_there_are_none():
+    assert [word_count(text) for text in ("", "a well-lit room -- yes", "一只狗，跑。", "狗 barks・猫")] == [0, 5, 4, 3]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from kokanee.launch import FOLLOWED, check_devices
 
 WORKER = """
 import os, time
-os.environ["RANK"] = "0"
+os.environ |= {{"RANK": "0", "TORCHELASTIC_ERROR_FILE": "none"}}
 from kokanee.launch import as_worker, follow
 follow()
 with as_worker():

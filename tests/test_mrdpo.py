@@ -147,10 +147,13 @@ def test_a_run_goes_on_with_more_rounds_and_another_budget(recipe, whole, tmp_pa
     assert weights(tmp_path / "longer") == weights(whole)
 
 
-def test_rounds_that_are_done_are_not_taken_back(recipe, whole):
+def test_rounds_that_are_done_are_not_taken_back(recipe, whole, monkeypatch):
     before = weights(whole)
-    with pytest.raises(KokaneeError, match=r"has 2 rounds already.*Give rounds: 2 or more"):
-        run(recipe(rounds=1), whole)
+    for fewer in ({"rounds": 1}, {"patience": 1}):
+        with monkeypatch.context() as meanwhile:
+            meanwhile.setattr(mrdpo, "is_over", lambda found, patience: patience == 1 and len(found) == 2)
+            with pytest.raises(KokaneeError, match=r"has 2 rounds already.*Give rounds: 2 or more"):
+                run(recipe(**fewer), whole)
     assert weights(whole) == before and read_json(whole / "state.json")["recipe"]["rounds"] == 2
 
 

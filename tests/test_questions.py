@@ -253,7 +253,7 @@ def test_a_name_from_elsewhere_and_another_of_the_same_file_are_told(tmp_path):
     for names in (("x/a.mp4", "a.mp4"), ("a.mp4", "x/a.mp4"), ("x/a.mp4", "y/a.mp4")):
         with pytest.raises(KokaneeError, match=r"both mean .*a\.mp4\. Name files by their paths below"):
             by_video([Question(name, "What?", "x") for name in names], tmp_path)
-    (found,) = by_video([Question("x/a.mp4", "What?", "x")] * 2, tmp_path)
+    (found,) = by_video([Question(name, "What?", "x") for name in ("x/a.mp4", "x/a", "x/a.mp4")], tmp_path)
     assert found.path == tmp_path / "a.mp4"
 
 

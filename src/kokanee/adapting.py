@@ -45,13 +45,22 @@ def adapted(model: Kokanee, lora: Lora) -> PeftModel:
 
 
 def apart(run: Run[Any], lessons: Sequence[Lesson]) -> list[Lesson]:
-    """The lessons without those that are of the same file as one of the first, by which is checked what was learnt."""
-    checked = {run.clips.origin(lesson.number) for lesson in lessons[: run.recipe.n_held_out]}
-    found = [
-        lesson
-        for place, lesson in enumerate(lessons)
-        if place < run.recipe.n_held_out or run.clips.origin(lesson.number) not in checked
-    ]
+    """The lessons, in front as many as are held out, of the first files; none of the others is of one of these files.
+
+    Of the last of them what is too much is left out. Where each lesson is of another file, all stay as they are.
+    """
+    wanted = run.recipe.n_held_out
+    of_file: dict[str, list[Lesson]] = {}
+    for lesson in lessons:
+        of_file.setdefault(run.clips.origin(lesson.number), []).append(lesson)
+    checked: list[Lesson] = []
+    files: set[str] = set()
+    for file, some in of_file.items():
+        if len(checked) < wanted:
+            checked += some
+            files.add(file)
+    rest = [lesson for lesson in lessons if run.clips.origin(lesson.number) not in files]
+    found = checked[:wanted] + rest
     if len(found) < len(lessons) and run.team.is_main:
         lost, total = len(lessons) - len(found), len(lessons)
         logger.warning("%d of %d clips are not learnt: their files are held out, to check by", lost, total)

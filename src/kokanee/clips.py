@@ -29,7 +29,7 @@ from kokanee.ground_truth import Truth, place, read_ground_truth
 from kokanee.model import Kokanee
 from kokanee.predictions import read_predictions
 from kokanee.processor import Processor
-from kokanee.questions import Question, in_words, read_questions
+from kokanee.questions import Question, in_folder, in_words, read_questions
 from kokanee.views import Shown, View, keep_view, kept_version, read_view, seen, shown_of, version_of
 from kokanee.world.annotators import Bias, annotate
 from kokanee.world.facts import exact, facts_of
@@ -386,7 +386,7 @@ def questions_of(
 
     Raises `KokaneeError` for a line that is no question, and where no question is about any of the files.
     """
-    path_of, names = by_names(folder), {file_key(there): name for name, there in files.items()}
+    path_of, names = in_folder(folder), {file_key(there): name for name, there in files.items()}
     found: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
     others = []
     for asked in read_questions(path):

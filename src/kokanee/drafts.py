@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from kokanee.captions import Decoding
 from kokanee.clips import Clips, Task
 from kokanee.errors import KokaneeError
-from kokanee.events import Counts, Verdict, rates, repetition_rate
+from kokanee.events import Counts, Verdict, rates, repetition_rate, word_count
 from kokanee.formats import append_jsonl, drop_half_start, read_jsonl, write_jsonl
 from kokanee.generation import answers, text_of
 from kokanee.model import Kokanee
@@ -233,7 +233,7 @@ def figures(made: Sequence[Candidate]) -> dict[str, float]:
         "hall": found.hall,
         "total": found.total,
         "repetition": 100.0 * sum(candidate.repetition for candidate in made) / count,
-        "words": sum(len(candidate.text.split()) for candidate in made) / count,
+        "words": sum(word_count(candidate.text) for candidate in made) / count,
     }
 
 

@@ -20,8 +20,9 @@ import numpy as np
 RESAMPLES = 2000
 DRAWN_TOGETHER = 2**20  # videos of draws, to bound memory
 OTHER = "other"
-UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-"""Japanese and Chinese characters, as a range of a regular expression."""
+UNSPACED = "\u3040-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+"""Japanese and Chinese characters, in a regular expression; after them what stands between sentences of these."""
+BETWEEN = "\u3000-\u3004\u3008-\u303f\u30fb\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,11 @@ def words(text: str) -> list[str]:
     """The words of a text: runs of letters, digits and apostrophes, and each Chinese or Japanese character, as these
     are written without spaces."""
     return re.findall(rf"[{UNSPACED}]|(?:(?![{UNSPACED}])[\w'])+", text)
+
+
+def word_count(text: str) -> int:
+    """How many words a text has: what stands between white space, and each Chinese or Japanese character."""
+    return len(re.findall(rf"[{UNSPACED}]|[^\s{UNSPACED}{BETWEEN}]+", text))
 
 
 def repetition_rate(caption: str, n: int = 5) -> float:

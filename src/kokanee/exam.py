@@ -11,7 +11,7 @@ from typing import Any
 from kokanee import generation
 from kokanee.captions import Decoding, intervals
 from kokanee.errors import KokaneeError
-from kokanee.events import Counts, Rates, interval, rates, repetition_rate, right_interval
+from kokanee.events import Counts, Rates, interval, rates, repetition_rate, right_interval, word_count
 from kokanee.files import SAMPLES
 from kokanee.formats import read_jsonl
 from kokanee.ground_truth import Truth, truth_of_sample
@@ -188,7 +188,7 @@ def mark(
         rates(verdict.counts for verdict in verdicts),
         100.0 * told / sounds if sounds else None,
         100.0 * sum(map(repetition_rate, captions)) / count,
-        sum(len(caption.split()) for caption in captions) / count,
+        sum(map(word_count, captions)) / count,
         total_interval=interval(list(by_clip.values()), lambda found: found.total),
         by_clip=tuple(by_clip.values()),
     )

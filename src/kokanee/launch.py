@@ -75,9 +75,9 @@ def launch(processes: int, command: Sequence[str]) -> int:
 
 
 def follow() -> None:
-    """End this process when the one that began it is gone, if that says that it wants so or is a launcher; and all that
-    this one began."""
-    starter = int(os.environ.pop(FOLLOWED, 0)) or (os.getppid() if is_worker() else 0)
+    """End this process when the one that began it is gone, if that says that it wants so or is torch's launcher; and
+    all that this one began."""
+    starter = int(os.environ.pop(FOLLOWED, 0)) or (os.getppid() if ERROR_FILE in os.environ else 0)
     if starter:
         threading.Thread(target=end_with, args=(starter,), daemon=True).start()
 
@@ -100,12 +100,12 @@ def as_worker() -> Iterator[None]:
     try:
         yield
     except KokaneeError as error:
-        if not is_worker():
+        path = os.environ.get(ERROR_FILE)
+        if not (is_worker() and path):
             raise
         code = 1
-        if path := os.environ.get(ERROR_FILE):
-            with open(path, "w", encoding="utf-8") as file:
-                json.dump({"message": str(error), "timestamp": int(time.time())}, file)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": str(error), "timestamp": int(time.time())}, file)
     if is_worker():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -28,6 +28,7 @@ from kokanee.checkpoints import load, save
 from kokanee.clips import Task
 from kokanee.drafts import candidates, device_of, figures, verdicts
 from kokanee.errors import KokaneeError, memory_said
+from kokanee.events import word_count
 from kokanee.formats import alone_in, read_json, remove_unfinished, write_json, write_jsonl, write_text
 from kokanee.launch import is_main
 from kokanee.model import Kokanee
@@ -117,12 +118,13 @@ def opened(recipe: MrdpoRecipe, folder: Path, report: Progress) -> Rounds:
 
 
 def check_done(recipe: MrdpoRecipe, folder: Path) -> None:
-    """Raise `KokaneeError` where more rounds are done than are wanted: the model of the last would be lost."""
-    done = len(list(folder.glob(f"round-*/{FIGURES}"))) - 1
-    if done > recipe.rounds:
+    """Raise `KokaneeError` where a run has ended with more rounds than are wanted: their model would be lost."""
+    found = read_json(folder / FIGURES)["rounds"] if (folder / FIGURES).is_file() else []
+    done = len(found) - 1
+    if done > recipe.rounds or any(is_over(found[:number], recipe.patience) for number in range(1, done + 1)):
         raise KokaneeError(
-            f"{folder} has {done} rounds already, and its model is of them. Give rounds: {done} or more; kokanee "
-            "convert makes the model of an earlier round of the adapters up to it."
+            f"{folder} has {done} rounds already, and its model is of them. Give rounds: {done} or more and as much "
+            "patience as they took; kokanee convert makes the model of an earlier round of the adapters up to it."
         )
 
 
@@ -332,8 +334,8 @@ def pick(
         "unjudged": sum(len(draft["captions"]) for draft in drafts) - len(everything),
         "chosen_score": sum(pair.chosen_score or 0.0 for pair in pairs) / count,
         "rejected_score": sum(pair.rejected_score or 0.0 for pair in pairs) / count,
-        "chosen_words": sum(len(pair.chosen.split()) for pair in pairs) / count,
-        "rejected_words": sum(len(pair.rejected.split()) for pair in pairs) / count,
+        "chosen_words": sum(word_count(pair.chosen) for pair in pairs) / count,
+        "rejected_words": sum(word_count(pair.rejected) for pair in pairs) / count,
         **{f"sampled_{name}": sampled[name] for name in ("total", "hall", "repetition", "words")},
     }
 

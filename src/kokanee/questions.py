@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
@@ -251,22 +251,33 @@ def in_words(question: Question) -> tuple[str, str]:
     return lettered(question), LETTERS[question.options.index(question.answer)]
 
 
+def in_folder(folder: Path) -> Callable[[str], Path]:
+    """Finds the files that questions are about, as `files.by_names` does. Raises `KokaneeError` for a second name of a
+    file that starts from another place: one of the two may be of a file that is not there."""
+    path_of = by_names(folder)
+    names: dict[Path, str] = {}
+
+    def found(name: str) -> Path:
+        path = path_of(name)
+        both = (names.setdefault(path, name), name)
+        if len({(folder / one).parent.resolve() for one in both}) > 1:
+            raise KokaneeError(f"{' and '.join(both)} both mean {path}. Name files by their paths below {folder}.")
+        return path
+
+    return found
+
+
 def by_video(questions: Sequence[Question], folder: Path) -> list[Video]:
     """The questions of each file of a folder, in the order in which files are first asked about.
 
-    Files are found as by `files.by_names`. Raises `KokaneeError` where that does, where a name that starts from
-    elsewhere means the same file as another, and where none of the files is there; single files that are missing are
-    told when they are read.
+    Files are found by `in_folder`. Raises `KokaneeError` where that does, and where none of the files is there; single
+    files that are missing are told when they are read.
     """
-    path_of = by_names(folder)
+    path_of = in_folder(folder)
     found: dict[Path, list[Question]] = {}
     named: dict[Path, Path] = {}
-    names: dict[Path, str] = {}  # the first of each file
     for question in questions:
         path = path_of(question.file)
-        both = {names.setdefault(path, question.file), question.file}
-        if len(both) > 1 and any((folder / name).parent.resolve() != path.parent.resolve() for name in both):
-            raise KokaneeError(f"{' and '.join(both)} both mean {path}. Name files by their paths below {folder}.")
         first = named.setdefault(path.resolve(), path)  # of a file by several names or links
         found.setdefault(first, []).append(question)
     if not any(path.is_file() for path in found):

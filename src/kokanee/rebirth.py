@@ -31,11 +31,12 @@ from kokanee.clips import Clips, FileData, Task, WorldClips, questions_of
 from kokanee.conversations import digest
 from kokanee.drafts import Team, Writer, candidates, device_of, figures, verdicts
 from kokanee.errors import KokaneeError, memory_said
-from kokanee.events import Counts, repetition_rate, words
+from kokanee.events import Counts, repetition_rate, word_count
 from kokanee.formats import alone_in, read_json, remove_unfinished, write_json, write_jsonl
 from kokanee.ground_truth import read_ground_truth
 from kokanee.launch import is_main
 from kokanee.preferences import Lesson, Preferences, Weights
+from kokanee.questions import read_questions
 from kokanee.runs import (
     MEDIA,
     REPLIES,
@@ -99,7 +100,7 @@ class Keep(BaseModel):
 
     def reason(self, caption: str, finished: bool, known: bool, counts: Counts | None) -> str:
         """Why a caption is not learnt, "" where it is. known: the clip has events; counts: what is wrong with it."""
-        n_words, most = len(words(caption)), float("inf")
+        n_words, most = word_count(caption), float("inf")
         if not finished and not self.cut_off:
             return "cut off"
         if n_words < self.min_words:
@@ -265,9 +266,9 @@ def videos_of(recipe: RebirthRecipe, data: FileData, checked: Clips | None) -> l
 
 def known_of_files(data: FileData, files: Sequence[Path]) -> dict[str, str]:
     """Which files a teacher captions, and what is known of them, as fingerprints."""
-    given = {"events": data.events, "questions": data.questions}
-    found = {name: digest([Path(path).read_bytes()]) for name, path in given.items() if path is not None}
-    return {"videos": digest([path.as_posix() for path in files])} | found
+    found = {"videos": digest([path.as_posix() for path in files])}
+    found |= {"events": digest(read_ground_truth(Path(data.events)).truths)} if data.events else {}
+    return found | ({"questions": digest(read_questions(Path(data.questions)))} if data.questions else {})
 
 
 def taught(

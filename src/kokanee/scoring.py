@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from kokanee.endpoint import Stop, Unanswered, each, run_async
 from kokanee.errors import KokaneeError
-from kokanee.events import Counts, Rates, Verdict, by_kind, difference, interval, rates, repetition_rate
+from kokanee.events import Counts, Rates, Verdict, by_kind, difference, interval, rates, repetition_rate, word_count
 from kokanee.ground_truth import GroundTruth, Truth, alike, place
 from kokanee.judges import Judgement, LanguageModelJudge, judged
 from kokanee.predictions import Prediction
@@ -267,7 +267,7 @@ def scores(items: Sequence[Item], as_published: bool = False) -> Scores:
         by_kind(named),
         len(named),
         100.0 * sum(map(repetition_rate, texts)) / max(1, len(texts)),
-        sum(len(text.split()) for text in texts) / max(1, len(texts)),
+        sum(map(word_count, texts)) / max(1, len(texts)),
         Counter(failure for item in items for failure in item.failures if failure),
         by_file,
     )

@@ -199,7 +199,7 @@ def claim(
         ]
         differing = differences(*compared)
         was, now = before.get("start", {}), settings["start"]
-        differing += [f"other {name} than before" for name in {**was, **now} if was.get(name) != now.get(name)]
+        differing += [f"other {name} than before" for name in was if was[name] != now.get(name)]
         if not differing and before == settings:
             return
         if differing and is_begun(folder, begun):
