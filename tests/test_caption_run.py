@@ -160,6 +160,22 @@ def test_a_file_that_has_changed_is_captioned_again(captioner, media, tmp_path):
     assert captioner.caption_files([clip], out).skipped == 1
 
 
+@pytest.mark.parametrize("every_s", [None, 5.0])
+def test_a_file_that_changes_while_it_is_captioned_is_captioned_again(captioner, media, tmp_path, monkeypatch, every_s):
+    clip, out, answer = tmp_path / "clip.mp4", tmp_path / "out.jsonl", captioner.answer
+    shutil.copy(media / "first.mp4", clip)
+
+    def meanwhile(*args):
+        shutil.copy(media / "second.mp4", clip)
+        return answer(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(captioner, "answer", meanwhile)
+        captioner.caption_files([clip], out, every_s=every_s)
+    assert captioner.caption_files([clip], out, every_s=every_s).skipped == 0
+    assert captioner.caption_files([clip], out, every_s=every_s).skipped == 1
+
+
 def test_a_file_has_one_record_however_its_path_is_written(captioner, media, tmp_path, monkeypatch):
     monkeypatch.chdir(media)
     out = tmp_path / "out.jsonl"

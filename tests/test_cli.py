@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,20 @@ def test_a_folder_of_subtitles_has_one_for_each_clip_and_goes_on_from_its_record
     (out / "first.srt").unlink()
     assert "3 captioned (3 of them before)" in cap(clips, "--format", "srt", "--every", 2.5, "--out", out).stderr
     assert (out / "first.srt").read_text() == before
+
+
+def test_a_file_of_ones_own_is_not_replaced_where_the_run_has_no_captions_of_it(cap, media, tmp_path):
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    shutil.copy(media / "first.mp4", videos)
+    (videos / "bad.mp4").write_text("no video")
+    cap(videos, "--format", "srt", "--out", out, code=1)
+    (out / "bad.srt").write_text("mine")
+    shutil.copy(media / "second.mp4", videos / "bad.mp4")
+    told = cap(videos, "--format", "srt", "--out", out, code=1).stderr
+    assert "bad.srt is there" in told and (out / "bad.srt").read_text() == "mine"
+    cap(videos, "--format", "srt", "--out", out, "--overwrite")
+    assert (out / "bad.srt").read_text() != "mine"
 
 
 def test_a_file_that_fails_is_named_recorded_and_changes_the_exit_code(cap, media, tmp_path):

@@ -58,6 +58,17 @@ def test_a_hole_of_any_length_is_silence_and_told(tmp_path: Path) -> None:
     assert any("1 holes in the sound (700.0 s)" in note for note in notes)
 
 
+def test_holes_that_are_too_short_to_be_told_do_not_add_up(tmp_path: Path) -> None:
+    """50 ms between every two packets: what is heard is never more than 0.1 s from where it belongs."""
+    path = shifted(tmp_path / "holes.mkv", lambda time_s: 0.05 * round(time_s / 0.288))  # 4,608 samples a packet
+    waveform, notes = heard(path)
+    whole = tones(4.0)[0]
+    last_s = 0.05 * int(4.0 / 0.288)
+    assert len(waveform) == pytest.approx((4.0 + last_s) * SECOND, abs=0.1 * SECOND)
+    assert np.abs(waveform[-1000:] - whole[-1000:]).max() < 1e-3
+    assert any("holes in the sound" in note for note in notes)
+
+
 @pytest.mark.parametrize(("start_s", "end_s"), [(0.5, 5.0), (2.5, 5.0), (300.0, 310.0), (701.0, 703.5), (703.0, None)])
 def test_the_sound_of_an_interval_is_that_part_of_the_whole_around_a_hole(
     tmp_path: Path, start_s: float, end_s: float | None

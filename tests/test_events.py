@@ -45,6 +45,11 @@ def test_kinds_add_up_to_the_whole():
     assert (whole.missed, whole.incorrect, whole.n_events) == (1, 1, 4)
 
 
+def test_events_in_the_same_words_are_each_of_their_own_kind():
+    events = [AtomicEvent("A bell", "heard"), AtomicEvent("a bell.", "seen")]
+    assert by_kind([(events, Verdict((), (), (), 2))]) == {"heard": Counts(0, 0, 0, 1), "seen": Counts(0, 0, 0, 1)}
+
+
 def test_events_in_other_words_are_counted_as_other():
     found = by_kind([(EVENTS[:2], Verdict(("A dog is running",), (), (), 2))])
     assert found["other"] == Counts(1, 0, 0, 0) and found["seen"].missed == 0

@@ -104,6 +104,13 @@ def test_what_a_link_points_to_is_replaced_not_the_link(tmp_path):
     assert [path.name for path in there.parent.iterdir()] == ["there.txt"]
 
 
+def test_a_file_that_an_editor_marked_as_utf8_is_added_to(tmp_path):
+    path = tmp_path / "marked.jsonl"
+    path.write_text('{"n": 1}\n{"n": 2}', encoding="utf-8-sig")
+    append_jsonl(path, [{"n": 3}])
+    assert read_jsonl(path) == [{"n": 1}, {"n": 2}, {"n": 3}]
+
+
 @pytest.mark.parametrize(
     "write", [lambda path: write_text(path, "text\n"), lambda path: append_jsonl(path, [{"n": 1}])]
 )

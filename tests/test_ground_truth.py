@@ -10,7 +10,7 @@ from kokanee.errors import KokaneeError
 from kokanee.events import AtomicEvent
 from kokanee.formats import append_jsonl, write_json
 from kokanee.ground_truth import GroundTruth, Truth, of_record, read_ground_truth, record_of
-from kokanee.predictions import Prediction
+from kokanee.predictions import Cut, Prediction
 from kokanee.world.facts import exact
 from kokanee.world.make import MakeSettings, record
 from kokanee.world.scene import sample_scene
@@ -62,6 +62,16 @@ def test_own_records_hold_whole_files_and_intervals(tmp_path):
     assert found.of(Prediction("a.mp4", "")).events == (AtomicEvent("A dog runs", "seen"),)
     assert found.of(Prediction("a.mp4", "", 0.0, 10.04)).events == ()
     assert found.of(Prediction("a.mp4", "", 0.0, 9.0)) is None and found.of(Prediction("b.mp4", "")) is None
+
+
+def test_a_last_interval_may_end_after_the_file(tmp_path):
+    """Truths are of round times, and a run's last interval ends with its file: at 29.7 s here, or at 24."""
+    found = GroundTruth([Truth("a.mp4", (), start_s, start_s + 10.0) for start_s in (0.0, 10.0, 20.0)])
+    cut = Cut(every_s=10.0)
+    for start_s, end_s, end in ((20.0, 29.7, 30.0), (10.0, 20.0, 20.0), (20.0, 24.0, None), (10.0, 19.7, None)):
+        told = found.of(Prediction("a.mp4", "", start_s, end_s, cut=cut))
+        assert (told.end_s if told else None) == end
+    assert found.of(Prediction("a.mp4", "", 20.0, 29.7)) is None
 
 
 def test_two_truths_of_the_same_interval_are_a_mistake_and_neither_counts_in_silence():

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import av
 import numpy as np
@@ -578,3 +582,33 @@ def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
             read_image(path)
     with pytest.raises(KokaneeError, match="does not exist"):
         read_image(tmp_path / "missing.png")
+
+
+def test_packets_end_where_pyav_trips_over_a_stream_that_began_later() -> None:
+    """As at the end of an MPEG-TS recording of 60 MB, which is too large to make here."""
+
+    class Container:
+        def demux(self, streams: list[Any]) -> Iterator[SimpleNamespace]:
+            yield from (SimpleNamespace(size=1), SimpleNamespace(size=0), SimpleNamespace(size=2))
+            raise IndexError("list index out of range")
+
+    notes: list[str] = []
+    assert [packet.size for packet in kokanee.demux._whole_packets(Container(), [], notes)] == [1, 2] and not notes
+
+
+def test_a_matroska_file_whose_picture_starts_late_is_whole(tmp_path: Path) -> None:
+    late = [3000 + 40 * number for number in range(50)]
+    path = encode(tmp_path / "late.mkv", moving_frames(50), pts=late, sound=tones(2.0), sound_start_s=3.0)
+    assert not [note for note in read_clip(path, DENSE).notes if "cut off" in note]
+
+
+@pytest.mark.parametrize("error", [TypeError("Missing dimensions"), struct.error("unpack requires 4 bytes")])
+def test_an_image_that_pillow_trips_over_is_told_as_any_other(tmp_path: Path, monkeypatch, error) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "image.png")
+
+    def trip(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", trip)
+    with pytest.raises(KokaneeError, match=r"image\.png is no image that can be read"):
+        read_image(tmp_path / "image.png")

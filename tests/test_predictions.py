@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -120,5 +121,6 @@ def test_a_name_means_the_file_whose_path_ends_alike():
     assert same("0") == same("/data/video/0") == "video/0.mp4" and same("old/1") == "old/1.mp4" and same("2") is None
     with pytest.raises(KokaneeError, match=r"1 may be video/1\.mp4 or old/1\.mp4"):
         same("1")
+    assert FileNames([unicodedata.normalize("NFD", "café.mp4")]).same("café.mp4") is not None
     both = FileNames(["0", "0.mp4", "notes.txt"]).same
     assert (both("0"), both("0.mp4"), both("notes")) == ("0", "0.mp4", None)

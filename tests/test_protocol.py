@@ -94,6 +94,12 @@ def test_what_is_too_deep_too_long_or_no_number_is_refused(reply):
     assert read_lists(reply) is None
 
 
+def test_a_count_without_end_is_no_reply():
+    reply = {"Missed": 1, "Correct": 2, "Incorrect": 0, "Hallucination": 4}
+    assert read_counts(json.dumps(reply), 3) is not None
+    assert read_counts(json.dumps({**reply, "Hallucination": 10**400}), 3) is None
+
+
 def test_what_a_judge_thinks_aloud_is_no_part_of_its_reply():
     thought = 'So {"Missed": 9} or {1, 2}?</think>\n{"Missed": 1, "Correct": 2, "Incorrect": 0, "Hallucination": 4}'
     for text in (f"<think>{thought}", thought):

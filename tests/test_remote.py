@@ -131,6 +131,16 @@ def test_a_caption_that_was_cut_off_says_so(served, media):
     assert (made.text, made.finished) == ("It beg", False) and server.requests[-1]["max_tokens"] == 5
 
 
+def test_what_a_model_thinks_aloud_is_no_caption(media):
+    with serving(lambda _: "<think>A cat?</think>\n\nA dog barks.") as (_, url):
+        assert captioner(url).caption(media / "first.mp4").text == "A dog barks."
+    with (
+        serving(lambda _: "<think>A cat? Or") as (_, url),
+        pytest.raises(KokaneeError, match="cut off while it thought"),
+    ):
+        captioner(url).caption(media / "first.mp4")
+
+
 def test_troubles_of_the_server_change_no_caption(served, media):
     server, url = served
     files = [media / name for name in ("first.mp4", "second.mp4", "silent.mp4")]

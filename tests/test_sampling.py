@@ -80,11 +80,23 @@ def test_an_interval_of_salmonn2plus_is_read_as_if_the_file_were_cut(start_s: fl
     assert length_s(250, 25.0, sampling, start_s, end_s) == (last - first + 1) / 25.0
 
 
-def test_neighbouring_intervals_of_salmonn2plus_share_no_frame_and_leave_none_out() -> None:
+def test_neighbouring_intervals_of_salmonn2plus_leave_no_frame_out_and_share_what_is_on_screen_between_them() -> None:
     sampling = Sampling("salmonn2plus", 0.01, 1, 10_000)
-    edges_s = [0.0, 1.02, 3.3, 3.34, 8.0, 10.0]
+    edges_s = [0.0, 1.02, 3.32, 3.36, 8.0, 10.0]
     parts = [sample_indices(250, 25.0, sampling, start_s, end_s) for start_s, end_s in pairwise(edges_s)]
-    assert [index for part in parts for index in part] == list(range(250))
+    shared = [set(one) & set(two) for one, two in pairwise(parts)]
+    assert shared == [{25}, set(), set(), set()]  # 1.02 s is in the middle of a frame, the others are at borders
+    assert sorted({index for part in parts for index in part}) == list(range(250))
+
+
+@pytest.mark.parametrize(
+    ("ends_s", "slides"),
+    [((3.0, 5.0), [0]), ((8.0, 10.0), [1]), ((3.0, 6.0), [0, 1]), ((10.0, 15.0), [2]), ((14, 99), [2])],
+)
+def test_of_slides_an_interval_of_salmonn2plus_has_those_that_are_on_screen(ends_s, slides) -> None:
+    """Three pictures of five seconds each."""
+    first, last = frame_span(3, 1 / 5, Sampling("salmonn2plus", 0.2, 1, 64), *ends_s)
+    assert list(range(first, last + 1)) == slides
 
 
 @pytest.mark.parametrize(

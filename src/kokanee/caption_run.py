@@ -64,11 +64,12 @@ class Task:
             **captioner.identity(),
         }
 
-    def record(self, captioner: FileCaptioner, path: Path, captions: Sequence[Caption]) -> Record:
-        """The record of a file with these captions."""
+    def record(
+        self, captioner: FileCaptioner, path: Path, captions: Sequence[Caption], version: dict[str, Any]
+    ) -> Record:
+        """The record of a file with these captions; version: `version_of` the file from before it was read."""
         question = self.question or captioner.defaults.question
-        made = caption_record(path, captioner.name, question, self.settings(captioner), captions)
-        return made | version_of(path)
+        return caption_record(path, captioner.name, question, self.settings(captioner), captions) | version
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def run(
     check_samples(task.n_samples, task.decoding.temperature)
     with contextlib.nullcontext() if out is None else alone_at(out):
         known = read_records(out) if out is not None and out.is_file() else {}
-        check_same(out, known, task.record(captioner, Path(), ()))
+        check_same(out, known, task.record(captioner, Path(), (), {}))
         summary, waiting = Summary(), []
         for key, path in {file_key(path): path for path in files}.items():
             before = known.get(key)
@@ -188,9 +189,19 @@ def version_of(path: Path) -> dict[str, Any]:
 
 def whole_records(captioner: FileCaptioner, paths: Sequence[Path], task: Task, batch_size: int) -> Iterator[Record]:
     """The records of files that are captioned as a whole, as they are done; each that fails has its reason."""
-    for request, made in captioner.each(map(task.request, paths), task.decoding, task.n_samples, batch_size):
+    versions: dict[Path, dict[str, Any]] = {}
+
+    def requests() -> Iterator[Request]:
+        for path in paths:
+            versions[path] = version_of(path)
+            yield task.request(path)
+
+    for request, made in captioner.each(requests(), task.decoding, task.n_samples, batch_size):
         path = Path(request.path)
-        yield error_record(path, str(made)) if isinstance(made, KokaneeError) else task.record(captioner, path, made)
+        if isinstance(made, KokaneeError):
+            yield error_record(path, str(made))
+        else:
+            yield task.record(captioner, path, made, versions[path])
 
 
 def caption_one(
@@ -209,12 +220,13 @@ def caption_one(
     about once a minute what the record would be if nothing came after. What an unfinished record `before` has of the
     same file is not done again. Raises `Stopped` on Ctrl-C after the first caption.
     """
-    captions, failed, reason = kept_of(before, path, task), [], ""
+    captions, failed, reason, version = kept_of(before, path, task), [], "", version_of(path)
     kept_s = time.monotonic()
 
     def unfinished(reason: str) -> Record:
         failures = [asdict(interval) for interval in failed]
-        return task.record(captioner, path, in_order(captions)) | error_record(path, reason) | {"failed": failures}
+        made = task.record(captioner, path, in_order(captions), version)
+        return made | error_record(path, reason) | {"failed": failures}
 
     try:
         for made in pieces_of(captioner, path, task, batch_size, {caption.start_s for caption in captions}, in_turn):
@@ -238,7 +250,7 @@ def caption_one(
         count = "1 interval has" if len(failed) == 1 else f"{len(failed)} intervals have"
         reason = f"{count} no caption, the first from {first.start_s:g} s on: {first.error}"
     if not reason:
-        return task.record(captioner, path, in_order(captions))
+        return task.record(captioner, path, in_order(captions), version)
     return unfinished(reason) if captions else error_record(path, reason)
 
 

@@ -301,10 +301,10 @@ def check_targets(plan: Plan, overwrite: bool) -> None:
             check_writable(target)
         tried.add(target.parent)
     known = read_records(records) if records is not None and records.is_file() else {}
-    foreign = [target for key, target in files.items() if target.is_file() and key not in known]
+    foreign = [target for key, target in files.items() if target.is_file() and "captions" not in known.get(key, {})]
     if foreign and not overwrite:
         more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
-        unknown = "" if records is None else f", and {records} has no record of it"
+        unknown = "" if records is None else f", and {records} has no captions of it"
         raise KokaneeError(
             f"{foreign[0]} is there{more}{unknown}. Choose another place, or replace what is there with --overwrite."
         )
@@ -358,6 +358,9 @@ def captions_wanted(captioner: FileCaptioner, path: Path, task: Task) -> int | N
 
 def write_as_made(captioner: FileCaptioner, path: Path, task: Task, batch_size: int) -> Record:
     """One file's captions to standard output, a single one piece by piece; its record."""
+    from kokanee.caption_run import caption_one, version_of
+
+    version = version_of(path)
     if task.every_s is None and task.n_samples == 1:
         stream = captioner.begin(task.request(path), task.decoding)
         for piece in stream:
@@ -365,8 +368,7 @@ def write_as_made(captioner: FileCaptioner, path: Path, task: Task, batch_size: 
             sys.stdout.flush()
         sys.stdout.write("\n")
         assert stream.caption is not None
-        return task.record(captioner, path, [stream.caption])
-    from kokanee.caption_run import caption_one
+        return task.record(captioner, path, [stream.caption], version)
 
     settings, written = task.settings(captioner), []
 

@@ -254,10 +254,10 @@ class SoundReader:
         if gap_s:
             self.n_holes, self.hole_s = self.n_holes + 1, self.hole_s + gap_s
             self._fill(round(gap_s * RATE_HZ))
-        if gap_s or self._next_s is None:
+        if gap_s or self._next_s is None or time_s < self._next_s - OFFSET_IGNORED_S:
             self._next_s = time_s
-        if self._resample(frame):
-            self._next_s = time_s + frame.samples / frame.sample_rate
+        if self._resample(frame):  # by its samples: what is too little to matter must not add up
+            self._next_s += frame.samples / frame.sample_rate
 
     def _begin(self, start: int) -> None:
         """Stand at sample `start`, with silence before it if the file's first sound comes later than the interval."""

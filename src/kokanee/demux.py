@@ -218,7 +218,7 @@ class Source:
             stream for stream in self.container.streams if stream.type in ("video", "audio") and stream not in chosen
         ]
         if "matroska" in self.container.format.name and self.container.duration and not others:
-            return self.container.duration / av.time_base
+            return self.container.duration / av.time_base - max(0.0, self.start_s)  # it counts from the file's own 0
         return None
 
     def index(self) -> FrameIndex | None:
@@ -332,6 +332,8 @@ def _whole_packets(container: Any, streams: list[Any], notes: list[str]) -> Iter
         for packet in container.demux(streams):
             if packet.size:
                 yield packet
+    except IndexError:
+        return  # PyAV at the end of a file in which another stream began: all packets have been given
     except av.error.FFmpegError as error:
         note = f"reading stopped before the file's end ({error.strerror})"
         if note not in notes:

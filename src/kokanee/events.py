@@ -112,7 +112,7 @@ def by_kind(judged: Iterable[tuple[Sequence[AtomicEvent], Verdict]]) -> dict[str
     for events, verdict in judged:
         kinds = {plain(event.text): event.kind or OTHER for event in events}
         for event in events:
-            found[kinds[plain(event.text)]] += Counts(0, 0, 0, 1)
+            found[event.kind or OTHER] += Counts(0, 0, 0, 1)
         for text in verdict.missed:
             found[kinds.get(plain(text), OTHER)] += Counts(1, 0, 0, 0)
         for wrong in verdict.incorrect:

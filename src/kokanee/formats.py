@@ -133,7 +133,7 @@ def mend_end(path: Path) -> None:
     if not path.is_file() or path.stat().st_size == 0:
         return
     with path.open("rb+") as file:
-        if not isinstance(parsed(file.readline()), dict):
+        if not isinstance(parsed(file.readline().removeprefix(codecs.BOM_UTF8)), dict):
             raise KokaneeError(f"{path} does not begin with a record, so none is added. Choose another file.")
         file.seek(-1, os.SEEK_END)
         if file.read(1) == b"\n":
@@ -141,7 +141,7 @@ def mend_end(path: Path) -> None:
         file.seek(0)
         text = file.read()
         last = text.rfind(b"\n") + 1
-        if parsed(text[last:]) is None:
+        if parsed(text[last:].removeprefix(codecs.BOM_UTF8)) is None:
             file.truncate(last)
         else:
             file.write(b"\n")

@@ -24,6 +24,7 @@ from kokanee.world.facts import Fact, exact
 from kokanee.world.make import scene_of
 
 VERSION = 1
+MOST = 0.75  # of a last interval, whose end may lie after the file's
 SAME_S = 0.1  # an interval's ends may differ by this: players and readers round times
 
 
@@ -63,7 +64,7 @@ class GroundTruth:
         if file is None:
             return None
         prediction = replace(prediction, file=file)
-        found = self.find(prediction)
+        found = self.find(prediction) or self.cut_short(prediction)
         if found is not None or prediction.start_s is None or file not in self.samples:
             return found
         return truth_of_sample(self.samples[file], prediction.start_s, prediction.end_s)
@@ -84,6 +85,19 @@ class GroundTruth:
                 cuts = whole if cut.every_s is None or not whole else intervals(start_s, length_s, cut.every_s, stop_s)
                 found += [truth_of_sample(sample, *ends) for ends in cuts]
         return found
+
+    def cut_short(self, prediction: Prediction) -> Truth | None:
+        """The file's last interval, where it ends after the file, so that the run's last was shorter: most of it."""
+        if prediction.start_s is None or prediction.end_s is None or prediction.cut is None:
+            return None
+        parts = [truth for truth in self._by_file.get(prediction.file, ()) if truth.start_s is not None]
+        last = max(parts, key=lambda truth: truth.start_s or 0.0, default=None)
+        if last is None or last.start_s is None or last.end_s is None or prediction.end_s > last.end_s:
+            return None
+        told_s, whole_s = prediction.end_s - prediction.start_s, last.end_s - last.start_s
+        shorter = prediction.cut.every_s is not None and told_s < prediction.cut.every_s
+        same = shorter and abs(prediction.start_s - last.start_s) <= SAME_S
+        return last if same and told_s >= MOST * whole_s else None
 
     def find(self, item: Truth | Prediction) -> Truth | None:
         """What is told of the file of exactly this name, and of the same interval."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -150,12 +151,12 @@ class FileNames:
     def __init__(self, names: Iterable[str]) -> None:
         self._by_last: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
         for name in dict.fromkeys(names):
-            ending = PurePosixPath(name).parts[::-1]
+            ending = parts_of(name)
             self._by_last.setdefault(ending[0] if ending else "", []).append((name, ending))
         self._by_stem: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
         for name, ending in (one for some in self._by_last.values() for one in some):
             if PurePosixPath(name).suffix.lower() in MEDIA:
-                self._by_stem.setdefault(PurePosixPath(name).stem, []).append((name, ending))
+                self._by_stem.setdefault(PurePosixPath(ending[0]).stem, []).append((name, ending))
 
     def same(self, name: str) -> str | None:
         """Which of the files a name means: the one that shares most of its path's end, None where none does.
@@ -163,7 +164,7 @@ class FileNames:
         So "0.mp4", "video/0.mp4" and "/data/video/0.mp4" are the same file where there is only one 0.mp4, and "0" is
         where none is called so. Raises `KokaneeError` where several fit equally well.
         """
-        wanted = PurePosixPath(name).parts[::-1]
+        wanted = parts_of(name)
         last = wanted[0] if wanted else ""
         alike = self._by_last.get(last) or self._by_stem.get(last, [])
         shared = [n_common(wanted[1:], ending[1:]) for _, ending in alike]
@@ -173,6 +174,11 @@ class FileNames:
                 f"{name} may be {fitting[0]} or {fitting[1]}. Name files so that their paths tell them apart."
             )
         return fitting[0] if fitting else None
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    """The parts of a path, the last first; with letters and their accents as one character each, as they are typed."""
+    return PurePosixPath(unicodedata.normalize("NFC", name)).parts[::-1]
 
 
 def n_common(one: Sequence[str], two: Sequence[str]) -> int:

@@ -20,6 +20,7 @@ from kokanee.events import Incorrect, Rates, Verdict
 RUNS = 7
 RETRIES, COUNT_RETRIES = 8, 3
 LONGEST_REPLY = 200_000
+LARGEST_COUNT = 10_000  # of events; more is a model that does not stop
 LISTS = {"Missed": "Missed Event", "Incorrect": "Incorrect Event", "Hallucination": "Hallucination Event"}
 COUNTS = ("Missed", "Correct", "Incorrect", "Hallucination")
 Message = dict[str, str]
@@ -132,7 +133,7 @@ def read_object(text: str) -> dict[str, Any] | None:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_COUNT
 
 
 def verdict_of(reply: Reply, events: Sequence[str]) -> Verdict | None:

@@ -192,8 +192,11 @@ class RemoteCaptioner(FileCaptioner):
                 raise Unreachable(told) from error
             kind = Unanswered if isinstance(error, Stop) else KokaneeError  # else another file may have an answer
             raise kind(told) from error
+        text = reply.text.rpartition("</think>")[2].strip()  # what a model thinks aloud is no caption
+        if text.startswith("<think>"):
+            raise KokaneeError(f"{self.name} was cut off while it thought. Give it more tokens (max_new_tokens).")
         return Caption(
-            text=reply.text.strip(),
+            text=text,
             start_s=part.start_s,
             end_s=part.end_s,
             sample=number,

@@ -18,6 +18,7 @@ from kokanee.errors import KokaneeError
 RATE_HZ = 16000
 FRAMES_PER_STEP = 2
 SHORTEST_SOUND_S = 1
+NO_FRAME = 1e-6  # of a frame: what products of seconds and rates are wrong by
 
 
 @dataclass(frozen=True)
@@ -88,15 +89,17 @@ def frame_span(
     """First and last frame (both included) of the interval. Raises `NoPicture` if it holds no frame.
 
     Under "salmonn2" the frame nearest to `end_s` still belongs to it, as published. Under "salmonn2plus", whose authors
-    have no intervals, the clip is read as if the file had been cut: the frame at `end_s` is the next interval's first.
+    have no intervals, the frames are those that are on screen in it, from the one at `start_s` on; the one that comes
+    on at `end_s` is the next interval's first.
     """
     check_interval(start_s, end_s)
     first, last = 0 if start_s is None else round(start_s * fps), n_frames - 1
-    if sampling.rule == "salmonn2plus" and (start_s or 0.0) < n_frames / fps:
-        first = min(first, last)  # the last frame is on screen up to the end
+    if sampling.rule == "salmonn2plus" and start_s is not None:
+        first = math.floor(start_s * fps + NO_FRAME)
+        first = min(first, last) if start_s < n_frames / fps else first
     if end_s is not None:
-        stop = round(end_s * fps)
-        last = min(stop if sampling.rule == "salmonn2" else max(stop - 1, first), last)
+        published = sampling.rule == "salmonn2"
+        last = min(round(end_s * fps) if published else max(math.ceil(end_s * fps - NO_FRAME) - 1, first), last)
     if n_frames < 1 or first > last:
         raise NoPicture(start_s, end_s, n_frames, n_frames / fps)
     return first, last
