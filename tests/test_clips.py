@@ -393,6 +393,20 @@ def test_files_that_are_held_out_are_not_learnt_from_in_another_clip(tiny_checkp
         run_rebirth(RebirthRecipe(**settings), tmp_path / "other", quiet)
 
 
+def test_a_run_that_has_learnt_does_not_need_its_files_again(tiny_checkpoint, data, media, tmp_path):
+    names = ("first.mp4", "second.mp4", "silent.mp4")
+    for name in names:
+        shutil.copy(media / name, tmp_path)
+    found = data(*names).model_copy(update={"videos": str(tmp_path)})
+    settings = {name: SMALL[name] for name in ("lora", "workers", "device")} | {"stage": "rebirth", "steps": 1}
+    settings |= {"model": str(tiny_checkpoint), "batch_size": 1, "learning_rate": 0.01, "evaluate_batches": 1}
+    recipe = RebirthRecipe(**settings, data={"train": found.model_dump(exclude={"events"})})
+    made = run_rebirth(recipe, tmp_path / "run", quiet)
+    before = weights(tmp_path / "run")
+    (tmp_path / "second.mp4").write_bytes(b"no video")
+    assert run_rebirth(recipe, tmp_path / "run", quiet) == made and weights(tmp_path / "run") == before
+
+
 def test_what_was_not_checked_before_a_run_was_stopped_is_checked(tiny_checkpoint, data, tmp_path, monkeypatch):
     """A folder of which nothing is done is begun with other settings as a new one is."""
     found = data("first.mp4", "second.mp4", "silent.mp4", "sound.wav")

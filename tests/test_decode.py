@@ -69,6 +69,22 @@ def test_holes_that_are_too_short_to_be_told_do_not_add_up(tmp_path: Path) -> No
     assert any("holes in the sound" in note for note in notes)
 
 
+def test_a_clock_that_is_fast_does_not_add_up(tmp_path: Path) -> None:
+    """Each packet begins 50 ms before the last one ended, as if there were more sound than time."""
+    path = shifted(tmp_path / "fast.mkv", lambda time_s: -0.05 * round(time_s / 0.288))
+    waveform, notes = heard(path)
+    whole = tones(4.0)[0]
+    fewer_s = 0.05 * int(4.0 / 0.288)
+    assert len(waveform) == pytest.approx((4.0 - fewer_s) * SECOND, abs=0.1 * SECOND)
+    assert np.abs(waveform[-1000:] - whole[-1000:]).max() < 1e-3
+    assert any("overlaps of the sound" in note for note in notes)
+    part, _ = heard(path, 2.0, 3.0)
+    assert len(part) == SECOND
+    shifts = range(-1700, 1700, 4)
+    near = min(np.abs(part[2000:3000] - waveform[2 * SECOND + 2000 + n : 2 * SECOND + 3000 + n]).max() for n in shifts)
+    assert near < 0.2
+
+
 @pytest.mark.parametrize(("start_s", "end_s"), [(0.5, 5.0), (2.5, 5.0), (300.0, 310.0), (701.0, 703.5), (703.0, None)])
 def test_the_sound_of_an_interval_is_that_part_of_the_whole_around_a_hole(
     tmp_path: Path, start_s: float, end_s: float | None

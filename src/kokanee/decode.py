@@ -25,6 +25,7 @@ from kokanee.sampling import RATE_HZ
 # serve a higher temporal layer.)
 SKIPPABLE_CODECS = {"h264", "mpeg4", "mpeg2video", "mpeg1video"}
 OFFSET_IGNORED_S = 0.1
+OVERLAP_S = 0.5  # more is no clock that is fast, but times that run backwards
 LONGEST_SILENCE_S = 6 * 3600.0
 PREROLL_S = 1.0
 TAIL_PACKETS = 256
@@ -154,8 +155,9 @@ class SoundReader:
 
     `zero_s` is the file's own time of our 0 s, `lo_s` and `hi_s` the interval (None: to the end). Sound that starts up
     to 0.1 s off is left where it is, as the published readers do; a later start, and holes of any length, are filled
-    with silence. Where times run backwards the sound is joined, and `n_backwards` counts it. Raises KokaneeError where
-    over 6 hours of silence would be filled in. `first_channel` keeps channel 0 of many (video-SALMONN 2) instead of
+    with silence, and of sounds that overlap by up to 0.5 s the end of the first is left out. Where times run backwards
+    the sound is joined, and `n_backwards` counts it. Raises KokaneeError where over 6 hours of silence would be filled
+    in. `first_channel` keeps channel 0 of many (video-SALMONN 2) instead of
     FFmpeg's mix-down (video-SALMONN 2+).
     """
 
@@ -167,7 +169,7 @@ class SoundReader:
         self._set_origin(zero_s if stream.start_time is None else float(stream.start_time * stream.time_base))
         self.lo_s = lo_s
         self.lo, self.hi = round(lo_s * RATE_HZ), None if hi_s is None else round(hi_s * RATE_HZ)
-        self.n_errors, self.n_holes, self.hole_s = 0, 0, 0.0
+        self.n_errors, self.n_holes, self.hole_s, self.n_overlaps, self.overlap_s = 0, 0, 0.0, 0, 0.0
         self.n_backwards, self.n_not_finite = 0, 0
         self._layout = None if first_channel else "mono"
         self._resampler: Any = None
@@ -234,10 +236,11 @@ class SoundReader:
         return self._time_s(packet) + float((packet.duration or 0) * packet.time_base)
 
     def _gap_s(self, time_s: float) -> float:
-        """The seconds without sound before `time_s`, 0 if they are too few to matter. Counts times that run back."""
+        """The seconds without sound before `time_s`, below 0 those that are there twice; 0 if they are too few to
+        matter, or so many that times run back, which is counted."""
         gap_s = 0.0 if self._next_s is None else time_s - self._next_s
-        self.n_backwards += gap_s < -OFFSET_IGNORED_S
-        return gap_s if gap_s > OFFSET_IGNORED_S else 0.0
+        self.n_backwards += gap_s < -OVERLAP_S
+        return gap_s if gap_s > OFFSET_IGNORED_S or -OVERLAP_S <= gap_s < -OFFSET_IGNORED_S else 0.0
 
     def _take(self, frame: Any) -> None:
         if self._next_s is None and self.lo == 0 and frame.pts is not None:
@@ -245,16 +248,20 @@ class SoundReader:
         time_s = self._time_s(frame)
         gap_s = self._gap_s(time_s)
         if self._at is None:
+            gap_s = max(0.0, gap_s)  # of what was passed over nothing is there twice
             self._begin(round((time_s - gap_s) * RATE_HZ))
         signature = (frame.format.name, frame.layout.name, frame.sample_rate)
         if signature != self._signature or gap_s:
             self._end_stretch()
             self._signature = signature
             self._resampler = av.AudioResampler(format="fltp", layout=self._layout, rate=RATE_HZ)
-        if gap_s:
+        if gap_s > 0:
             self.n_holes, self.hole_s = self.n_holes + 1, self.hole_s + gap_s
             self._fill(round(gap_s * RATE_HZ))
-        if gap_s or self._next_s is None or time_s < self._next_s - OFFSET_IGNORED_S:
+        if gap_s < 0:
+            self.n_overlaps, self.overlap_s = self.n_overlaps + 1, self.overlap_s - gap_s
+            self._drop(round(-gap_s * RATE_HZ))
+        if gap_s or self._next_s is None or time_s < self._next_s - OVERLAP_S:
             self._next_s = time_s
         if self._resample(frame):  # by its samples: what is too little to matter must not add up
             self._next_s += frame.samples / frame.sample_rate
@@ -298,6 +305,17 @@ class SoundReader:
         if n_kept > 0:
             check_silence(n_kept / RATE_HZ, begin / RATE_HZ)
             self._blocks.append(np.zeros(n_kept, np.float32))
+
+    def _drop(self, n_samples: int) -> None:
+        """Take back the last `n_samples`, as far as they lie in the interval."""
+        assert self._at is not None
+        ended, self._at = self._at, self._at - n_samples
+        left = (ended if self.hi is None else min(ended, self.hi)) - max(self._at, self.lo)
+        while left > 0 and self._blocks:
+            last = self._blocks.pop()
+            if len(last) > left:
+                self._blocks.append(last[:-left])
+            left -= len(last)
 
 
 def check_silence(silence_s: float, from_s: float) -> None:

@@ -321,6 +321,8 @@ def _sound_notes(sound: SoundReader, waveform: np.ndarray) -> list[str]:
         notes.append(f"{sound.n_errors} packets of sound could not be decoded")
     if sound.n_holes:
         notes.append(f"{sound.n_holes} holes in the sound ({sound.hole_s:.1f} s) are filled with silence")
+    if sound.n_overlaps:
+        notes.append(f"{sound.n_overlaps} overlaps of the sound ({sound.overlap_s:.1f} s) are left out")
     if sound.n_backwards:
         notes.append(f"the times of the sound run backwards at {sound.n_backwards} places; it is joined there")
     if sound.n_not_finite:

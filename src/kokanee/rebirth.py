@@ -241,7 +241,8 @@ def opened(
     run = Run(recipe, folder, model.eval(), processor, clips, checked, team, report)
     numbers = list(range(len(clips)))
     random.Random(f"{recipe.seed}/clips").shuffle(numbers)
-    tasks = tasks_for(run, train, "train", numbers[: recipe.clips], f"{recipe.seed}/rebirth", folder)
+    trained = (folder / ADAPTER).is_dir()
+    tasks = tasks_for(run, train, "train", numbers[: recipe.clips], f"{recipe.seed}/rebirth", folder, trained)
     drafts = [draft_of(task) for task in tasks] if teacher is None else said_of_world(run, teacher, tasks)
     return run, drafts, tasks
 

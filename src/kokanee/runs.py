@@ -217,17 +217,22 @@ def told(run: Run[Any], what: str) -> Callable[[int, int], None]:
     return lambda done, total: run.report(what, done, total, {})
 
 
-def tasks_for(run: Run[Any], data: Source, part: Part, numbers: Sequence[int], key: str, place: Path) -> list[Task]:
+def tasks_for(
+    run: Run[Any], data: Source, part: Part, numbers: Sequence[int], key: str, place: Path, learnt: bool = False
+) -> list[Task]:
     """Tasks of the clips of these numbers that can be read, by length; `data`: the settings that the clips are of.
 
-    Those in files stay the same in `place`, in their order, whatever is mended or replaced meanwhile. Raises
-    `KokaneeError` where more of them cannot be read than the recipe allows, or one of those that were there.
+    Those in files stay the same in `place`, in their order, whatever is mended or replaced meanwhile; they are not read
+    again where they are `learnt`. Raises `KokaneeError` where more of them cannot be read than the recipe allows, or
+    one of those that were there.
     """
     state, clips = run.team.state, run.clips if part == "train" else run.validation
     assert clips is not None
     path = place / BEGUN_WITH.format(part)
     begun = path.is_file()
     numbers = read_json(path)["clips"] if begun else numbers
+    if begun and learnt:
+        return [clips.task(number, run.recipe.questions, key) for number in numbers]
     run.team.wait()  # all have looked
     if run.team.is_main:
         clips.try_again(memory=True)
