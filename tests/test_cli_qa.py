@@ -136,7 +136,8 @@ def test_what_makes_answers_worthless_is_said(asked):
     assert "nano: knows the synthetic world" in said
     assert "3 questions about 1 video, by answer" in said
     assert "1 question asked more than once about the same video; each counts as often" in said
-    by_letter = kk(asked / "choices.json").stderr
+    by_letter = kk(asked / "choices.json", "-o", asked / "by nano").stderr
+    assert json.loads((asked / "by nano" / "scores.json").read_text())["name"] == "nano"
     assert "by letter" in by_letter and "nano has never read a list of options" in by_letter
     assert "never read" not in said
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from kokanee import console
-from kokanee.console import bar, counted, key_value
+from kokanee.console import bar, counted, key_value, said_when_stopped
 
 
 def test_without_a_terminal_the_end_of_each_piece_of_work_is_a_line(capsys):
@@ -17,6 +19,15 @@ def test_without_a_terminal_the_end_of_each_piece_of_work_is_a_line(capsys):
         progress.reset(second, total=1)
         progress.advance(second)
     assert capsys.readouterr().err.splitlines() == ["sample: 3 of 3 loss 3", "files: 2 of 2", "files: 1 of 1"]
+
+
+def test_ctrl_c_says_what_becomes_of_the_work_once(capsys, monkeypatch):
+    for rank in (None, "0"):  # of several processes the launcher says it
+        if rank is not None:
+            monkeypatch.setenv("RANK", rank)
+        with pytest.raises(KeyboardInterrupt), said_when_stopped("It goes on."):
+            raise KeyboardInterrupt
+    assert capsys.readouterr().err == "It goes on.\n"
 
 
 def test_long_work_is_told_of_meanwhile_and_hidden_work_never(capsys, monkeypatch):

@@ -104,6 +104,12 @@ def test_what_a_link_points_to_is_replaced_not_the_link(tmp_path):
     assert [path.name for path in there.parent.iterdir()] == ["there.txt"]
 
 
+def test_names_that_are_no_text_are_read_as_they_were_written(tmp_path):
+    value = {"videos": os.fsdecode(b"caf\xe9")}
+    write_json(tmp_path / "state.json", value)
+    assert read_json(tmp_path / "state.json") == value
+
+
 def test_a_file_that_an_editor_marked_as_utf8_is_added_to(tmp_path):
     path = tmp_path / "marked.jsonl"
     path.write_text('{"n": 1}\n{"n": 2}', encoding="utf-8-sig")

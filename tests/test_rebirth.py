@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -308,8 +309,9 @@ def test_a_server_can_be_the_teacher(recipe, videos, tmp_path, monkeypatch):
     assert not (tmp_path / "away").exists()
 
 
-def test_captions_are_judged_where_events_are_known_and_dropped_by_what_is_wrong(recipe, videos, tmp_path):
-    """Two files have events; of one the judge finds that the caption invents something."""
+def test_captions_are_judged_where_events_are_known_and_dropped_by_what_is_wrong(recipe, videos, media, tmp_path):
+    """Two files have events; of one the judge finds that the caption invents something. A file that is of another length
+    when the run goes on changes nothing of that."""
     (videos / "broken.mp4").unlink()
     records = [
         {"version": 1, "file": name, "events": [{"text": f"{name} moves."}]} for name in ("a.mp4", "inside/b.mp4")
@@ -326,6 +328,19 @@ def test_captions_are_judged_where_events_are_known_and_dropped_by_what_is_wrong
     with serving(judged) as (_, url):
         data = {"train": {"videos": str(videos), "events": events}}
         how = {"judge": "openai:m", "judging": {"base_url": url}, "keep": {"cut_off": True, "max_hall": 0.5}}
+
+        def stop(what: str, done: int, total: int, figures: dict[str, float]) -> None:
+            if what == "train":
+                raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            run_rebirth(recipe(data=data, **how), tmp_path / "run", stop)
+        (videos / "a.mp4").unlink()
+        shutil.copy(media / "second.mp4", videos / "a.mp4")
+        other = lines(tmp_path / "events.jsonl", {"version": 1, "file": "a.mp4", "events": [{"text": "It rains."}]})
+        with pytest.raises(KokaneeError, match="other events than before"):
+            run_rebirth(recipe(data=data, **how), tmp_path / "run", quiet)
+        lines(Path(other), *records)
         made = run_rebirth(recipe(data=data, **how), tmp_path / "run", quiet)
     assert made["captions"]["dropped"] == {"too much wrong": 1} and made["captions"]["kept"] == 2
     kept = {record["clip"]: record["dropped"] for record in read_jsonl(tmp_path / "run" / "kept.jsonl")}

@@ -177,6 +177,12 @@ def test_a_folder_in_which_nothing_was_done_takes_other_settings(tmp_path):
     assert json.loads((tmp_path / "new" / "state.json").read_text())["recipe"]["learning_rate"] == 0.1
 
 
+def test_a_gpu_that_is_not_there_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(KokaneeError, match="device: cuda, but there is no GPU"):
+        train(Toy(), recipe(device="cuda"), tmp_path)
+
+
 def test_names_that_are_no_text_are_settings_as_well(tmp_path):
     for _ in range(2):
         claim(tmp_path, recipe(model=os.fsdecode(b"caf\xe9")), {"weights": "a"}, begun=("state.json",))

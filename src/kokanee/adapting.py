@@ -25,9 +25,8 @@ from kokanee.train import train
 from kokanee.tuning import Lora, Source, Tuning
 
 logger = logging.getLogger("kokanee")
-OF_HELD_OUT = "of a file that is held out"
-
 GREEDY, SAMPLED = "validation", "validation-sampled"
+OF_HELD_OUT = "of a file that is held out"
 
 
 def adapted(model: Kokanee, lora: Lora) -> PeftModel:

@@ -49,7 +49,7 @@ def reproduce(
 ) -> None:
     """Train nano from nothing, with all controls, measure every stage, and write one report beside the paper's numbers.
 
-    About four hours on two cores, less than one on an H100. It can be killed at any time and called again.
+    About four hours on two cores, less than one on an H100 (projected). It can be killed at any time and called again.
     """
     from kokanee.reproduce import CONTROLS, PAGE, RESULTS, Settings, checked_settings, left, read_results, steps_of
     from kokanee.reproduce import reproduce as work

@@ -237,37 +237,31 @@ def tasks_for(
     if run.team.is_main:
         clips.try_again(memory=True)
     run.team.wait()
-    clips.readable(
-        numbers, lambda done, total: run.report("read", done, total, {}), (state.process_index, state.num_processes)
-    )
+    clips.readable(numbers, told(run, "read"), (state.process_index, state.num_processes))
     run.team.wait()
     failed = clips.failed()
-    lost = [number for number in numbers if number in failed]
-    if begun and lost:
+    lost = [failed[number] for number in numbers if number in failed]
+    allowed = 0.0 if begun else run.recipe.unreadable(data) * len(numbers)
+    if len(lost) > allowed:
         run.team.wait()
         clips.try_again()
-        raise KokaneeError(
-            f"{place} has begun with {len(lost)} files that cannot be read any more, such as: {failed[lost[0]]} Put "
-            "back what was there."
-        )
-    if len(lost) > run.recipe.unreadable(data) * len(numbers):
-        run.team.wait()
-        clips.try_again()
-        raise KokaneeError(
-            f"{len(lost)} of {len(numbers)} files cannot be read, such as: {failed[lost[0]]} Mend these files, or "
-            f"allow for more with a higher data.{part}.unreadable, and start again."
-        )
+        raise unreadable(lost, len(numbers), part, begun)
     if lost and run.team.is_main:
-        logger.warning(
-            "%d of %d files cannot be read and are left out, such as: %s (all: %s)",
-            len(lost),
-            len(numbers),
-            failed[lost[0]],
-            run.folder / MEDIA / part,
-        )
-    left = list(numbers)
+        counts = (len(lost), len(numbers))
+        where = run.folder / MEDIA / part
+        logger.warning("%d of %d files cannot be read and are left out, such as: %s (all: %s)", *counts, lost[0], where)
     if not begun:
-        left = sorted((number for number in numbers if number not in failed), key=lambda n: (clips.n_tokens(n), n))
+        numbers = sorted((number for number in numbers if number not in failed), key=lambda n: (clips.n_tokens(n), n))
         if run.team.is_main and isinstance(clips, FileClips):
-            write_json(path, {"version": VERSION, "clips": left})
-    return [clips.task(number, run.recipe.questions, key) for number in left]
+            write_json(path, {"version": VERSION, "clips": numbers})
+    return [clips.task(number, run.recipe.questions, key) for number in numbers]
+
+
+def unreadable(reasons: Sequence[str], total: int, part: Part, begun: bool) -> KokaneeError:
+    """What is wrong where so many of the files cannot be read, or any of those that were there when it had begun."""
+    head = f"{len(reasons)} of {total} files cannot be read, such as: {reasons[0]}"
+    if begun:
+        return KokaneeError(f"{head} This part of the run has begun with them. Put back what was there.")
+    return KokaneeError(
+        f"{head} Mend these files, or allow for more with a higher data.{part}.unreadable, and start again."
+    )
