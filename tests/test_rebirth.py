@@ -310,8 +310,8 @@ def test_a_server_can_be_the_teacher(recipe, videos, tmp_path, monkeypatch):
 
 
 def test_captions_are_judged_where_events_are_known_and_dropped_by_what_is_wrong(recipe, videos, media, tmp_path):
-    """Two files have events; of one the judge finds that the caption invents something. A file that is of another length
-    when the run goes on changes nothing of that."""
+    """Two files have events; of one the judge finds that the caption invents something. A file that is of another
+    length when the run goes on changes nothing of that."""
     (videos / "broken.mp4").unlink()
     records = [
         {"version": 1, "file": name, "events": [{"text": f"{name} moves."}]} for name in ("a.mp4", "inside/b.mp4")

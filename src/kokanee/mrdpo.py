@@ -84,7 +84,7 @@ class Rounds(Run[MrdpoRecipe]):
 
 def opened(recipe: MrdpoRecipe, folder: Path, report: Progress) -> Rounds:
     """The run with its model and clips; the folder is the recipe's from now on."""
-    begins = (f"round-{0:02d}", MEDIA)
+    begins = ("round-00", MEDIA)
     begun = is_begun(folder, begins)
     check_server(recipe, begun)
     team = team_of(recipe)
